@@ -1,0 +1,13 @@
+"""Layer 3, the same function as one Triton kernel for both directions, forward and backward."""
+
+try:
+    import triton  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "backend 'fused' needs Triton, which is published for Linux only; install it (pip install 'triton>=3.6') or "
+        "choose backend='chunked' or 'naive'"
+    ) from error
+
+from vig_ref.fused.launch import CHUNK, MAX_DIM, bidirectional_gla, gla
+
+__all__ = ["CHUNK", "MAX_DIM", "bidirectional_gla", "gla"]

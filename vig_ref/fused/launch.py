@@ -1,0 +1,165 @@
+"""From PyTorch to the kernels: what is allocated, what is launched, and how autograd and torch.compile see it.
+
+Read and written in device memory, per token and head (K = 32, V = 64, bfloat16 with float32 gates): see docs/performance.md.
+"""
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from vig_ref.fused import kernels
+
+#: Tokens per chunk: the smallest tile that the tensor cores take, hence the fewest halvings.
+CHUNK = 16
+#: The largest K and V: a state is one tile in registers.
+MAX_DIM = 128
+PRECISIONS = ("ieee", "tf32")
+
+
+def bidirectional_gla(
+    q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor, g_rev: Tensor, *, scale: float, precision: str = "ieee"
+) -> Tensor:
+    """Eq. 6 in one launch. See `vig_ref.bidirectional_gla`.
+
+    Args:
+        precision: the products of float32 inputs, "ieee" or "tf32". float16 inputs always use tf32 operands (scores of
+            large inputs do not fit in float16), bfloat16 inputs bfloat16 ones.
+
+    Raises:
+        ValueError: a device, dtype, K or V that the kernel does not take, or an unknown precision.
+    """
+    return _checked(q, k, v, g_fwd, g_rev, scale / 2, precision)
+
+
+def gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, reverse: bool, scale: float, precision: str = "ieee"
+) -> Tensor:
+    """Eq. 5 in one launch. See `vig_ref.gla` and `bidirectional_gla` above."""
+    return _checked(q, k, v, None if reverse else g, g if reverse else None, scale, precision)
+
+
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, scale: float, precision: str
+) -> Tensor:
+    instead = "choose backend='chunked' or 'naive'"
+    interpreted = isinstance(kernels.forward_kernel, InterpretedFunction)
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; choose one of {PRECISIONS}")
+    if not interpreted and q.device.type != "cuda":
+        raise ValueError(
+            f"backend 'fused' needs CUDA tensors, got {q.device.type}; {instead}, or set TRITON_INTERPRET=1 before "
+            "Python starts to run the kernel in Triton's interpreter (slow, for learning and testing)"
+        )
+    if not interpreted and q.dtype == torch.float64:
+        raise ValueError(f"backend 'fused' takes float32, float16 and bfloat16, got float64; {instead}")
+    if not interpreted and _capability(q.device) < (8, 0):
+        raise ValueError(f"backend 'fused' needs a GPU of compute capability 8.0 or more, got {_capability(q.device)}; {instead}")
+    if max(q.shape[3], v.shape[3]) > MAX_DIM:
+        raise ValueError(f"backend 'fused' takes K and V up to {MAX_DIM}, got K={q.shape[3]}, V={v.shape[3]}; {instead}")
+    return _forward(q, k, v, g_fwd, g_rev, scale, precision)
+
+
+@torch.library.custom_op("vig_ref::gla_forward", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, scale: float, precision: str
+) -> Tensor:
+    o = _empty(v)
+    if o.numel():
+        options = _options(q, v, g_fwd, g_rev, precision)
+        kernels.forward_kernel[_grid(q)](
+            *(_strided(x) for x in (q, k, v, g_fwd, g_rev, o)), _edges(q, options), scale, *_sizes(q, v), **options
+        )
+    return o
+
+
+@torch.library.custom_op("vig_ref::gla_backward", mutates_args=())
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, do: Tensor, scale: float,
+    precision: str,
+) -> list[Tensor]:
+    grads = [None if x is None else _empty(x) for x in (q, k, v, g_fwd, g_rev)]
+    if do.numel():
+        options = _options(q, v, g_fwd, g_rev, precision)
+        kernels.backward_kernel[_grid(q)](
+            *(_strided(x) for x in (q, k, v, g_fwd, g_rev, do, *grads)), _edges(q, options), _edges(q, options),
+            scale, *_sizes(q, v), **options,
+        )
+    return [x for x in grads if x is not None]
+
+
+@_forward.register_fake
+def _(q, k, v, g_fwd, g_rev, scale, precision):
+    return _empty(v)
+
+
+@_backward.register_fake
+def _(q, k, v, g_fwd, g_rev, do, scale, precision):
+    return [_empty(x) for x in (q, k, v, g_fwd, g_rev) if x is not None]
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.precision = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, do):
+    q, k, v, g_fwd, g_rev = ctx.saved_tensors
+    dq, dk, dv, *dg = _backward(q, k, v, g_fwd, g_rev, do, ctx.scale, ctx.precision)
+    dg_fwd = None if g_fwd is None else dg[0]
+    dg_rev = None if g_rev is None else dg[-1]
+    return dq, dk, dv, dg_fwd, dg_rev, None, None
+
+
+def _refuse(ctx, *_):
+    raise NotImplementedError("backend 'fused' has no second derivative; choose backend='chunked' or 'naive'")
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_refuse)
+
+
+def _empty(x: Tensor) -> Tensor:
+    """Memory for a result of the shape and dtype of x, token by token, as the projection behind the operator reads it."""
+    B, H, T, D = x.shape
+    return x.new_empty(B, T, H, D).transpose(1, 2)
+
+
+def _edges(q: Tensor, options: dict) -> Tensor:
+    """Scratch memory for one state at the edge of every chunk."""
+    B, H, T, _ = q.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(B * H * triton.cdiv(T, options["C"]), options["BK"], options["BV"], dtype=dtype)
+
+
+def _strided(x: Tensor | None) -> tuple | None:
+    return None if x is None else (x, *x.stride())
+
+
+def _sizes(q: Tensor, v: Tensor) -> tuple[int, ...]:
+    return q.shape[1], q.shape[2], q.shape[3], v.shape[3]
+
+
+def _grid(q: Tensor) -> tuple[int]:
+    return (q.shape[0] * q.shape[1],)
+
+
+def _options(q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, precision: str) -> dict:
+    """The compile-time constants of a launch."""
+    dot = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(q.dtype, precision)
+    if isinstance(kernels.forward_kernel, InterpretedFunction):
+        dot = "ieee"  # the interpreter multiplies the bit patterns of bfloat16
+    double = q.dtype == torch.float64
+    return {
+        "FWD": g_fwd is not None, "REV": g_rev is not None, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1,
+        "BK": max(16, triton.next_power_of_2(q.shape[3])), "BV": max(16, triton.next_power_of_2(v.shape[3])),
+        "ACC": kernels.tl.float64 if double else kernels.tl.float32, "DOT": dot, "LIMIT": 2000.0 if double else 300.0,
+        "num_warps": 4 if max(q.shape[3], v.shape[3]) > 64 else 2,
+    }  # fmt: skip
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
