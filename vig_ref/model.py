@@ -1,0 +1,314 @@
+"""ViG, read from top to bottom: patches, blocks of a mixer and an MLP, an average, a linear head.
+
+Images and tokens stay on their grid, channels last: `[B, h, w, D]`, with T = h w tokens in row-major order. Only the
+mixer unrolls them. Letters: docs/notation.md. The architecture is the released one (github.com/hustvl/ViG, commit
+dfb9d32); where the paper says otherwise, the docstring of the class says so.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from vig_ref.ops import bidirectional_gla, resolve_backend
+
+FORGET_RANK = 16  # W_alpha1: [D, 16], W_alpha2: [16, 2 H K]   (Eq. 6)
+FORGET_TEMPERATURE = 16  # tau of Eq. 6: alpha = sigmoid(...) ** (1 / tau), a slow forgetting
+
+
+@dataclass(frozen=True)
+class ViGConfig:
+    """What varies between plain ViGs. Each head has K = dim / (2 num_heads) and V = dim / num_heads."""
+
+    dim: int
+    """Width D of a token."""
+    num_heads: int
+    """Heads H of the operator; 2 num_heads divides dim."""
+    drop_path: float = 0.0
+    """Probability of skipping a branch of the last block in training; it grows linearly from 0 at the first block."""
+    silu: bool = False
+    """Whether a SiLU follows the depthwise convolution and another one precedes the mixer's output projection."""
+    depth: int = 12
+    """Number of blocks."""
+    patch_size: int = 16
+    """Pixels from one token to the next, an even number; see `PatchEmbed`."""
+
+    def __post_init__(self):
+        if self.num_heads < 1 or self.dim < 1 or self.dim % (2 * self.num_heads):
+            raise ValueError(f"dim: expected a multiple of 2 num_heads, got dim={self.dim}, num_heads={self.num_heads}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path: expected a probability in [0, 1), got {self.drop_path}")
+        if self.depth < 1:
+            raise ValueError(f"depth: expected at least 1 block, got {self.depth}")
+        if self.patch_size < 2 or self.patch_size % 2:
+            raise ValueError(f"patch_size: expected an even number of pixels, got {self.patch_size}")
+
+
+PRESETS = {
+    "vig_tiny":
+        ViGConfig(dim=192, num_heads=3, drop_path=0.0, silu=True),
+    "vig_small":
+        ViGConfig(dim=384, num_heads=6, drop_path=0.2, silu=False),
+    "vig_base":
+        ViGConfig(dim=768, num_heads=12, drop_path=0.5, silu=False),
+}
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of the weight: float32 under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, zero a sample's branch with probability p and divide the kept ones by 1 - p."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        keep = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1 - self.p)
+        return x * keep / (1 - self.p)
+
+
+class PatchEmbed(nn.Module):
+    """Image to tokens: two overlapping convolutions, each with a LayerNorm over channels, a SiLU in between.
+
+    With s = patch_size / 2, the first convolution has stride s and kernel s + 1, but at least 3; the second is 3x3
+    with stride 2; both pad by 1. Patch 16 gives the released 9x9/8 and 3x3/2, and every even patch size p turns
+    an image of p h x p w pixels into exactly h x w tokens.
+    """
+
+    def __init__(self, dim: int, patch_size: int, in_chans: int):
+        super().__init__()
+        stride = patch_size // 2
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, max(stride + 1, 3), stride, padding=1)
+        self.norm1 = nn.LayerNorm(dim // 2)
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, 2, padding=1)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x).permute(0, 2, 3, 1)  # [B, C, height, width] -> [B, 2h, 2w, D/2]
+        x = F.silu(self.norm1(x)).permute(0, 3, 1, 2)
+        return self.norm2(self.conv2(x).permute(0, 2, 3, 1))  # [B, h, w, D]
+
+
+class Mixer(nn.Module):
+    """Mixes tokens: a local 3x3 branch, a global bidirectional one computed from it, and a gate that weighs the two.
+
+        local      = dwconv3x3(x)                                     then SiLU if `silu`               (Eq. 7)
+        q, k, v    = local W_q, local W_k, local W_v                                                    (Eq. 1)
+        g_fwd, g_rev = logsigmoid(local W_alpha1 W_alpha2 + b_alpha) / 16                               (Eq. 6)
+        o          = bidirectional_gla(q, k, v, g_fwd, g_rev)                                           (Eq. 6)
+        gate       = sigmoid(local W_gate + b_gate)                                                     (Eq. 7)
+        y          = gate * norm_o(o) + (1 - gate) * norm_local(local)          then SiLU if `silu`     (Eq. 7)
+        out        = y W_out
+
+    Against the paper: Eq. 7 has the gate on the local branch, the released code on the global one (the same function,
+    with the gate projection negated); the two RMSNorms, over each head's V channels, are the code's.
+
+    Args:
+        dim: D, the width of a token.
+        num_heads: H, with K = D / (2 H) and V = D / H.
+        silu: whether the two SiLUs are there.
+
+    Shapes: `[B, h, w, D]` to `[B, h, w, D]`. `backend` is a plain attribute, read at each call.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, silu: bool = False, backend: str = "auto"):
+        super().__init__()
+        self.dim, self.num_heads, self.silu, self.backend = dim, num_heads, silu, backend
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.qkv_proj = nn.Linear(dim, 2 * dim, bias=False)  # D/2 each for q and k, D for v
+        self.forget_proj = nn.Sequential(nn.Linear(dim, FORGET_RANK, bias=False), nn.Linear(FORGET_RANK, dim))
+        self.gate_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.norm_o = RMSNorm(dim // num_heads, eps=1e-6)
+        self.norm_local = RMSNorm(dim // num_heads, eps=1e-6)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif not name.startswith("norm"):
+                nn.init.xavier_uniform_(parameter, gain=2**-2.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        D, height, width = self.dim, x.shape[1], x.shape[2]
+        # 1. Local branch: each token and its 8 neighbours.
+        local = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, h, w, D]
+        local = (F.silu(local) if self.silu else local).flatten(1, 2)  # [B, T, D]
+        # 2. Global branch: every token, in both directions.
+        q, k, v = self.qkv_proj(local).split((D // 2, D // 2, D), dim=-1)
+        g_fwd, g_rev = self.log_gates(local).chunk(2, dim=-1)
+        q, k, v, g_fwd, g_rev = (self.split_heads(t).transpose(1, 2) for t in (q, k, v, g_fwd, g_rev))
+        o = bidirectional_gla(q, k, v, g_fwd, g_rev, backend=self.backend).transpose(1, 2)  # [B, T, H, V]
+        # 3. The gate decides, channel by channel, how much of each is taken.
+        gate = self.split_heads(torch.sigmoid(self.gate_proj(local)))  # [B, T, H, V]
+        y = (gate * self.norm_o(o) + (1 - gate) * self.norm_local(self.split_heads(local))).flatten(2)  # [B, T, D]
+        return self.out_proj(F.silu(y) if self.silu else y).unflatten(1, (height, width))
+
+    def log_gates(self, local: Tensor) -> Tensor:
+        """Log forget gates of both directions, `[B, T, 2 H K]`, in float32 at least: their sums over tokens need it."""
+        x = self.forget_proj(local)
+        return F.logsigmoid(x.to(torch.promote_types(x.dtype, torch.float32))) / FORGET_TEMPERATURE
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """`[B, T, H * n]` to `[B, T, H, n]`, without a copy."""
+        return x.unflatten(-1, (self.num_heads, -1))
+
+
+class SwiGLU(nn.Module):
+    """W_down (SiLU(W_gate x) * W_up x), with 8/3 dim hidden channels, rounded up to a multiple of `multiple_of`."""
+
+    def __init__(self, dim: int, multiple_of: int = 256):
+        super().__init__()
+        hidden = -(-8 * dim // (3 * multiple_of)) * multiple_of
+        self.gate_up_proj = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Mixes tokens, then channels, each as a residual branch behind an RMSNorm. Figure 2. `[B, h, w, D]`."""
+
+    def __init__(self, config: ViGConfig, drop_path: float, backend: str):
+        super().__init__()
+        self.norm1 = RMSNorm(config.dim, eps=1e-6)
+        self.mixer = Mixer(config.dim, config.num_heads, silu=config.silu, backend=backend)
+        self.norm2 = RMSNorm(config.dim, eps=1e-6)
+        self.mlp = SwiGLU(config.dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ViG(nn.Module):
+    """The plain ViG: tokens of one width through `depth` equal blocks.
+
+        x      = patch_embed(images) + pos_embed
+        x      = x + mixer(norm1(x));   x = x + mlp(norm2(x))          in every block
+        logits = head(mean over tokens of norm(x))
+
+    **Initialisation** is the released one: Xavier-uniform with gain 2^-2.5 in every weight of a mixer (also in the
+    depthwise convolution, whose fan-out PyTorch counts as 9 D), normal(0, 0.02) in the MLPs and the head,
+    truncated normal(0, 0.02) in pos_embed, 0 in biases of linear layers, PyTorch's default in the stem. Consequence:
+    the global branch starts switched off: in ViG-T, norm_o sees a mean square of 5e-17, against an eps of 1e-6.
+
+    Args:
+        config: sizes; None means `PRESETS["vig_tiny"]`.
+        backend: one of `vig_ref.BACKENDS`, the layer that computes the operator. It is no part of the state dict, and
+            `model.backend = "naive"` changes it on a living model.
+        num_classes: width of the head; 0 for none, and the model returns pooled features.
+        img_size: pixels, `n` or `(height, width)`, that pos_embed is laid out for. Images of another size are welcome:
+            pos_embed is then resized to their grid (bicubic).
+        in_chans: channels of the images.
+
+    Returns (of a call on images `[B, in_chans, height, width]`, sides divisible by the patch size):
+        logits `[B, num_classes]`, or features `[B, D]` if `num_classes` is 0.
+
+    Raises:
+        ValueError: an unknown backend, a size that the patch size does not divide, images of another shape.
+
+    Source: ViG, sections 4.1 to 4.3, Figure 2. The final norm and the LayerNorms and SiLU of the stem are the code's.
+
+    Example:
+        >>> model = ViG(backend="chunked", num_classes=10)
+        >>> model(torch.randn(2, 3, 224, 160)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self, config: ViGConfig | None = None, *, backend: str = "auto", num_classes: int = 1000,
+        img_size: int | tuple[int, int] = 224, in_chans: int = 3,
+    ):
+        super().__init__()
+        self.config = config = PRESETS["vig_tiny"] if config is None else config
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.grid = self.grid_of(*(img_size if isinstance(img_size, tuple) else (img_size, img_size)))
+        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        self.patch_embed = PatchEmbed(config.dim, config.patch_size, in_chans)
+        self.pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], config.dim))
+        self.blocks = nn.Sequential(*(Block(config, rate, backend) for rate in rates))
+        self.norm = RMSNorm(config.dim, eps=1e-6)
+        self.head = nn.Linear(config.dim, num_classes) if num_classes else nn.Identity()
+        if isinstance(self.head, nn.Linear):
+            nn.init.normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.backend = backend
+
+    @property
+    def backend(self) -> str:
+        """The layer that computes the operator, one of `vig_ref.BACKENDS`; assign to change it."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str):
+        resolve_backend(backend, "cpu")  # refuses an unknown name
+        self._backend = backend
+        for module in self.modules():
+            if isinstance(module, Mixer):
+                module.backend = backend
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images to the tokens after the final norm, `[B, T, D]`."""
+        if images.dim() != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(f"images: expected [B, {self.in_chans}, height, width], got {list(images.shape)}")
+        grid = self.grid_of(images.shape[2], images.shape[3])
+        x = self.patch_embed(images) + self.resized_pos_embed(grid)  # [B, h, w, D]
+        return self.norm(self.blocks(x)).flatten(1, 2)
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Tokens `[B, T, D]` to logits `[B, num_classes]`, or to their mean `[B, D]` if `num_classes` is 0."""
+        return self.head(x.mean(dim=1))
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens in an image of `height` x `width` pixels."""
+        p = self.config.patch_size
+        if min(height, width) < p or height % p or width % p:
+            raise ValueError(
+                f"image size: expected multiples of the patch size {p}, got {height}x{width}; resize or pad the images"
+            )
+        return height // p, width // p
+
+    def resized_pos_embed(self, grid: tuple[int, int]) -> Tensor:
+        """The position embedding on a grid `(h, w)`, `[1, h, w, D]`; interpolated in float32 at least."""
+        pos_embed = self.pos_embed.unflatten(1, self.grid)
+        if grid == self.grid:
+            return pos_embed
+        x = pos_embed.permute(0, 3, 1, 2).to(torch.promote_types(pos_embed.dtype, torch.float32))
+        x = F.interpolate(x, size=grid, mode="bicubic", align_corners=False)
+        return x.permute(0, 2, 3, 1).to(pos_embed.dtype)
+
+
+def create_model(
+    name: str, *, backend: str = "auto", num_classes: int = 1000, img_size: int | tuple[int, int] = 224,
+    in_chans: int = 3,
+) -> ViG:
+    """A new ViG by name, one of `PRESETS`; the other arguments are those of `ViG`.
+
+    Raises:
+        ValueError: an unknown name, or what `ViG` refuses.
+
+    Example:
+        >>> create_model("vig_small", num_classes=10).config.dim
+        384
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown model {name!r}; choose one of {tuple(PRESETS)}")
+    return ViG(PRESETS[name], backend=backend, num_classes=num_classes, img_size=img_size, in_chans=in_chans)

@@ -4,7 +4,6 @@ A call goes `model -> ops -> naive | chunked | fused`. Everything that a caller 
 in Python, before any arithmetic; the three layers below trust what they are given.
 """
 
-import importlib
 import math
 
 import torch
@@ -92,8 +91,18 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
 
 
 def load_backend(backend: str, device: torch.device):
-    """Import a layer when it is used, so that `import vig_ref` needs neither Triton nor a GPU."""
-    return importlib.import_module(f"vig_ref.{resolve_backend(backend, device)}")
+    """Import a layer when it is used, so that `import vig_ref` needs neither Triton nor a GPU.
+
+    Spelled out, because torch.compile follows import statements and nothing cleverer.
+    """
+    backend = resolve_backend(backend, device)
+    if backend == "naive":
+        from vig_ref import naive as layer
+    elif backend == "chunked":
+        from vig_ref import chunked as layer
+    else:
+        from vig_ref import fused as layer
+    return layer
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], scale: float | None) -> float:

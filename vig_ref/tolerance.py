@@ -14,7 +14,7 @@ A result X is compared with X64, the naive recurrence in float64 *on the very va
 
 The gradient of a gate is a difference of sums over a chunk, so its gauge is the sum of what is subtracted:
 
-    G_dg[t] = sum of |q| G_dq + |k| G_dk over the tokens of the chunk from t on, plus G of the chunk's last state; factor 1.
+    G_dg[t] = sum of |q| G_dq + |k| G_dk over the tokens of the chunk from t on, plus G of the chunk's last state
 
 The second gate is over a whole tensor and readable: rms(X - X64) <= RMS_LIMIT rms(X64).
 """
@@ -106,8 +106,7 @@ def bounds(
     unit = u_dot + u_sum * (1 + L)
     dtypes = dict(zip(NAMES, (x.v.dtype, *(t.dtype for t in x[:5])), strict=True))
     return {
-        name: (1 if name.startswith("dg") else 4) * unit * gauge[name]
-        + UNIT[dtypes[name]] * exact[name].abs() + ETA[dtypes[name]]
+        name: 4 * unit * gauge[name] + UNIT[dtypes[name]] * exact[name].abs() + ETA[dtypes[name]]
         for name in NAMES
     }
 
@@ -123,6 +122,19 @@ def worst_ratios(
         error = (got[name].double() - exact[name]).abs()
         ratio = torch.where(error == 0, 0.0, error / bound[name]).nan_to_num(nan=_INF)
         ratios[name] = ratio.max().item() if ratio.numel() else 0.0
+    return ratios
+
+
+def rms_ratios(got: dict[str, Tensor], exact: dict[str, Tensor], limit: float) -> dict[str, float]:
+    """rms(X - X64) / (limit rms(X64) + eta) for each result: at most 1 passes."""
+
+    def rms(x: Tensor) -> float:
+        return x.square().mean().sqrt().item() if x.numel() else 0.0
+
+    ratios = {}
+    for name in NAMES:
+        error = rms(got[name].double() - exact[name])
+        ratios[name] = 0.0 if error == 0 else error / (limit * rms(exact[name]) + ETA[got[name].dtype])
     return ratios
 
 

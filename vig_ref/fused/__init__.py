@@ -8,6 +8,6 @@ except ImportError as error:
         "choose backend='chunked' or 'naive'"
     ) from error
 
-from vig_ref.fused.launch import CHUNK, MAX_DIM, bidirectional_gla, gla
+from vig_ref.fused.launch import CHUNK, MAX_K, bidirectional_gla, gla
 
-__all__ = ["CHUNK", "MAX_DIM", "bidirectional_gla", "gla"]
+__all__ = ["CHUNK", "MAX_K", "bidirectional_gla", "gla"]

@@ -1,4 +1,4 @@
-"""The kernels: one program per (batch, head) walks the chunks twice and computes both directions.
+"""The kernels: a program takes one (batch, head), walks its chunks twice and computes both directions.
 
 The arithmetic of a chunk is that of `vig_ref/chunked`: every decay is the exponential of a *sum of gates on one side of
 a boundary*, never of a difference of sums, so that no gate in [-inf, 0] can overflow or cancel. Such a set of sums, one
@@ -11,6 +11,9 @@ the edge where the scan enters the chunk, the edge where it leaves, and the midd
 
     first sweep, right to left     carries S_rev, and in the backward pass dS_fwd; writes them at every chunk's edge
     second sweep, left to right    carries S_fwd, and in the backward pass dS_rev; reads those; writes all results
+
+A program holds the states `[K, V]` in registers; a V above BV is cut into blocks, which are independent: o, dv and the
+columns of S belong to one block each, while dq, dk and dg are sums over the blocks, left to the caller to add.
 
 Gates are clamped to -LIMIT in base 2, far below the underflow of exp2, because 0 * inf is NaN in a matrix product.
 Prefixes: `p_` pointer, `i_` index. A tensor arrives as a tuple (pointer, stride_b, stride_h, stride_t, stride_d).
@@ -26,31 +29,37 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _tile(x, i_b, i_h, i_t, T, D, C: tl.constexpr, BD: tl.constexpr):
-    """Addresses `[C, BD]` of tokens i_t .. i_t + C of one sequence, and the mask of those that exist. int64 throughout."""
+def _sequence(x, i_b, i_h, i_d):
+    """One sequence of a tensor, from feature i_d on: (pointer, stride_t, stride_d). int64: an offset may exceed 2^31."""
     pointer, stride_b, stride_h, stride_t, stride_d = x
-    rows = i_t + tl.arange(0, C).to(tl.int64)
-    cols = tl.arange(0, BD).to(tl.int64)
-    base = pointer + i_b * stride_b + i_h * stride_h
-    return base + rows[:, None] * stride_t + cols[None, :] * stride_d, (rows < T)[:, None] & (cols < D)[None, :]
+    return pointer + i_b * stride_b + i_h * stride_h + i_d * stride_d, stride_t, stride_d
 
 
 @triton.jit
-def _load(x, i_b, i_h, i_t, T, D, C: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr):
-    pointers, mask = _tile(x, i_b, i_h, i_t, T, D, C, BD)
+def _tile(x, i_t, T, D, C: tl.constexpr, BD: tl.constexpr):
+    """Addresses `[C, BD]` of the tokens from i_t on, and the mask of those that exist."""
+    pointer, stride_t, stride_d = x
+    rows = i_t + tl.arange(0, C).to(tl.int64)
+    cols = tl.arange(0, BD).to(tl.int64)
+    return pointer + rows[:, None] * stride_t + cols[None, :] * stride_d, (rows < T)[:, None] & (cols < D)[None, :]
+
+
+@triton.jit
+def _load(x, i_t, T, D, C: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr):
+    """Tokens i_t .. i_t + C, zeros behind the end."""
+    pointers, mask = _tile(x, i_t, T, D, C, BD)
     return tl.load(pointers, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def _load_gate(g, i_b, i_h, i_t, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, LIMIT: tl.constexpr):
+def _load_gate(g, i_t, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, LIMIT: tl.constexpr):
     """Log gates in base 2; 0 (keep all) behind the end."""
-    g = _load(g, i_b, i_h, i_t, T, K, C, BK, ACC) * LOG2E
-    return tl.maximum(g, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(_load(g, i_t, T, K, C, BK, ACC) * LOG2E, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _store(x, value, i_b, i_h, i_t, T, D, C: tl.constexpr, BD: tl.constexpr):
-    pointers, mask = _tile(x, i_b, i_h, i_t, T, D, C, BD)
+def _store(x, value, i_t, T, D, C: tl.constexpr, BD: tl.constexpr):
+    pointers, mask = _tile(x, i_t, T, D, C, BD)
     tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
 
 
@@ -174,40 +183,48 @@ def forward_kernel(
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """o = scale * (sum over the directions of q S).  FWD, REV: which directions there are."""
-    i_bh = tl.program_id(0).to(tl.int64)
+    i_bh, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
+    i_state = (i_bh * tl.num_programs(1) + i_v) * tl.cdiv(T, C)
+    q, k = _sequence(q, i_b, i_h, 0), _sequence(k, i_b, i_h, 0)
+    v, o = _sequence(v, i_b, i_h, i_v * BV), _sequence(o, i_b, i_h, i_v * BV)
+    V -= i_v * BV
     N = tl.cdiv(T, C)
+    if FWD:
+        g_fwd = _sequence(g_fwd, i_b, i_h, 0)
+    if REV:
+        g_rev = _sequence(g_rev, i_b, i_h, 0)
     if REV:
         S_rev = tl.zeros((BK, BV), ACC)
         for i in range(N):
             n = N - 1 - i
-            tl.store(_edge(p_S_rev, i_bh * N + n, BK, BV), S_rev)
-            b_k = _load(k, i_b, i_h, n * C, T, K, C, BK, ACC)
-            b_v = _load(v, i_b, i_h, n * C, T, V, C, BV, ACC)
-            b_g = _load_gate(g_rev, i_b, i_h, n * C, T, K, C, BK, ACC, LIMIT)
+            tl.store(_edge(p_S_rev, i_state + n, BK, BV), S_rev)
+            b_k = _load(k, n * C, T, K, C, BK, ACC)
+            b_v = _load(v, n * C, T, V, C, BV, ACC)
+            b_g = _load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
             to_edge = tl.exp2(_sums(~_met(C, True), b_g, ACC))
             S_rev = _carry(S_rev, tl.sum(b_g, 0), b_k * to_edge, b_v, ACC, DOT)
         tl.debug_barrier()  # what some threads of the program wrote, others read below
     S_fwd = tl.zeros((BK, BV), ACC)
     for n in range(N):
-        b_q = _load(q, i_b, i_h, n * C, T, K, C, BK, ACC)
-        b_k = _load(k, i_b, i_h, n * C, T, K, C, BK, ACC)
-        b_v = _load(v, i_b, i_h, n * C, T, V, C, BV, ACC)
+        b_q = _load(q, n * C, T, K, C, BK, ACC)
+        b_k = _load(k, n * C, T, K, C, BK, ACC)
+        b_v = _load(v, n * C, T, V, C, BV, ACC)
         b_o = (FWD + REV) * tl.sum(b_q * b_k, 1)[:, None] * b_v  # token i reads itself, once in each direction
         A = tl.zeros((C, C), ACC)
         if REV:
-            b_g = _load_gate(g_rev, i_b, i_h, n * C, T, K, C, BK, ACC, LIMIT)
-            S_rev = tl.load(_edge(p_S_rev, i_bh * N + n, BK, BV))
+            b_g = _load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
+            S_rev = tl.load(_edge(p_S_rev, i_state + n, BK, BV))
             b_o += _dot(b_q * tl.exp2(_sums(_met(C, True), b_g, ACC)), S_rev, ACC, DOT)
             A += _scores(b_q, b_k, b_g, True, C, LEVELS, ACC, DOT)
         if FWD:
-            b_g = _load_gate(g_fwd, i_b, i_h, n * C, T, K, C, BK, ACC, LIMIT)
+            b_g = _load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
             b_o += _dot(b_q * tl.exp2(_sums(_met(C, False), b_g, ACC)), S_fwd, ACC, DOT)
             A += _scores(b_q, b_k, b_g, False, C, LEVELS, ACC, DOT)
             to_edge = tl.exp2(_sums(~_met(C, False), b_g, ACC))
             S_fwd = _carry(S_fwd, tl.sum(b_g, 0), b_k * to_edge, b_v, ACC, DOT)
         b_o += _dot(A, b_v, ACC, DOT)
-        _store(o, b_o * scale, i_b, i_h, n * C, T, V, C, BV)
+        _store(o, b_o * scale, n * C, T, V, C, BV)
 
 
 @triton.jit
@@ -217,35 +234,46 @@ def backward_kernel(
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """All gradients of `forward_kernel` in one launch; the states are computed again rather than kept."""
-    i_bh = tl.program_id(0).to(tl.int64)
+    i_bh, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
+    i_state = (i_bh * tl.num_programs(1) + i_v) * tl.cdiv(T, C)
+    q, k = _sequence(q, i_b, i_h, 0), _sequence(k, i_b, i_h, 0)
+    v, do = _sequence(v, i_b, i_h, i_v * BV), _sequence(do, i_b, i_h, i_v * BV)
+    i_part = i_v * (tl.num_programs(0) // H) + i_b  # every block of V has its own dq, dk and dg: stacked along B
+    dq, dk = _sequence(dq, i_part, i_h, 0), _sequence(dk, i_part, i_h, 0)
+    dv = _sequence(dv, i_b, i_h, i_v * BV)
+    V -= i_v * BV
     N = tl.cdiv(T, C)
+    if FWD:
+        g_fwd, dg_fwd = _sequence(g_fwd, i_b, i_h, 0), _sequence(dg_fwd, i_part, i_h, 0)
+    if REV:
+        g_rev, dg_rev = _sequence(g_rev, i_b, i_h, 0), _sequence(dg_rev, i_part, i_h, 0)
     S_rev = tl.zeros((BK, BV), ACC)
     dS_fwd = tl.zeros((BK, BV), ACC)
     for i in range(N):
         n = N - 1 - i
         if REV:
-            tl.store(_edge(p_S_rev, i_bh * N + n, BK, BV), S_rev)
-            b_k = _load(k, i_b, i_h, n * C, T, K, C, BK, ACC)
-            b_v = _load(v, i_b, i_h, n * C, T, V, C, BV, ACC)
-            b_g = _load_gate(g_rev, i_b, i_h, n * C, T, K, C, BK, ACC, LIMIT)
+            tl.store(_edge(p_S_rev, i_state + n, BK, BV), S_rev)
+            b_k = _load(k, n * C, T, K, C, BK, ACC)
+            b_v = _load(v, n * C, T, V, C, BV, ACC)
+            b_g = _load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
             to_edge = tl.exp2(_sums(~_met(C, True), b_g, ACC))
             S_rev = _carry(S_rev, tl.sum(b_g, 0), b_k * to_edge, b_v, ACC, DOT)
         if FWD:
-            tl.store(_edge(p_dS_fwd, i_bh * N + n, BK, BV), dS_fwd)
-            b_q = _load(q, i_b, i_h, n * C, T, K, C, BK, ACC)
-            b_do = _load(do, i_b, i_h, n * C, T, V, C, BV, ACC) * scale
-            b_g = _load_gate(g_fwd, i_b, i_h, n * C, T, K, C, BK, ACC, LIMIT)
+            tl.store(_edge(p_dS_fwd, i_state + n, BK, BV), dS_fwd)
+            b_q = _load(q, n * C, T, K, C, BK, ACC)
+            b_do = _load(do, n * C, T, V, C, BV, ACC) * scale
+            b_g = _load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
             from_edge = tl.exp2(_sums(_met(C, False), b_g, ACC))
             dS_fwd = _carry(dS_fwd, tl.sum(b_g, 0), b_q * from_edge, b_do, ACC, DOT)
     tl.debug_barrier()  # what some threads of the program wrote, others read below
     S_fwd = tl.zeros((BK, BV), ACC)
     dS_rev = tl.zeros((BK, BV), ACC)
     for n in range(N):
-        b_q = _load(q, i_b, i_h, n * C, T, K, C, BK, ACC)
-        b_k = _load(k, i_b, i_h, n * C, T, K, C, BK, ACC)
-        b_v = _load(v, i_b, i_h, n * C, T, V, C, BV, ACC)
-        b_do = _load(do, i_b, i_h, n * C, T, V, C, BV, ACC) * scale
+        b_q = _load(q, n * C, T, K, C, BK, ACC)
+        b_k = _load(k, n * C, T, K, C, BK, ACC)
+        b_v = _load(v, n * C, T, V, C, BV, ACC)
+        b_do = _load(do, n * C, T, V, C, BV, ACC) * scale
         self_dA = (FWD + REV) * tl.sum(b_do * b_v, 1)[:, None]  # token i reads itself, once in each direction
         b_dq = self_dA * b_k
         b_dk = self_dA * b_q
@@ -253,28 +281,28 @@ def backward_kernel(
         dA = _dot(b_do, tl.trans(b_v), ACC, DOT)
         A = tl.zeros((C, C), ACC)
         if REV:
-            b_g = _load_gate(g_rev, i_b, i_h, n * C, T, K, C, BK, ACC, LIMIT)
-            S_rev = tl.load(_edge(p_S_rev, i_bh * N + n, BK, BV))
+            b_g = _load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
+            S_rev = tl.load(_edge(p_S_rev, i_state + n, BK, BV))
             part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, S_rev, dS_rev, True, C, LEVELS, ACC, DOT)
             part_dq, part_dk, b_dg, part_A, part_dv, from_edge, to_edge = part
             b_dq += part_dq
             b_dk += part_dk
             b_dv += part_dv
             A += part_A
-            _store(dg_rev, b_dg, i_b, i_h, n * C, T, K, C, BK)
+            _store(dg_rev, b_dg, n * C, T, K, C, BK)
             dS_rev = _carry(dS_rev, tl.sum(b_g, 0), from_edge, b_do, ACC, DOT)
         if FWD:
-            b_g = _load_gate(g_fwd, i_b, i_h, n * C, T, K, C, BK, ACC, LIMIT)
-            dS_fwd = tl.load(_edge(p_dS_fwd, i_bh * N + n, BK, BV))
+            b_g = _load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
+            dS_fwd = tl.load(_edge(p_dS_fwd, i_state + n, BK, BV))
             part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, S_fwd, dS_fwd, False, C, LEVELS, ACC, DOT)
             part_dq, part_dk, b_dg, part_A, part_dv, from_edge, to_edge = part
             b_dq += part_dq
             b_dk += part_dk
             b_dv += part_dv
             A += part_A
-            _store(dg_fwd, b_dg, i_b, i_h, n * C, T, K, C, BK)
+            _store(dg_fwd, b_dg, n * C, T, K, C, BK)
             S_fwd = _carry(S_fwd, tl.sum(b_g, 0), to_edge, b_v, ACC, DOT)
         b_dv += _dot(tl.trans(A), b_do, ACC, DOT)
-        _store(dq, b_dq, i_b, i_h, n * C, T, K, C, BK)
-        _store(dk, b_dk, i_b, i_h, n * C, T, K, C, BK)
-        _store(dv, b_dv, i_b, i_h, n * C, T, V, C, BV)
+        _store(dq, b_dq, n * C, T, K, C, BK)
+        _store(dk, b_dk, n * C, T, K, C, BK)
+        _store(dv, b_dv, n * C, T, V, C, BV)

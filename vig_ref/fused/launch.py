@@ -3,7 +3,7 @@
 Read and written in device memory, per token and head (K = 32, V = 64, bfloat16 with float32 gates): see docs/performance.md.
 """
 
-import functools
+import math
 
 import torch
 import triton
@@ -14,9 +14,13 @@ from vig_ref.fused import kernels
 
 #: Tokens per chunk: the smallest tile that the tensor cores take, hence the fewest halvings.
 CHUNK = 16
-#: The largest K and V: a state is one tile in registers.
-MAX_DIM = 128
+#: The largest K: the K rows of a state are one tile in registers.
+MAX_K = 128
+#: The most columns of a state, hence of V, that one program holds; a larger V is cut into blocks.
+BLOCK_V = 64
 PRECISIONS = ("ieee", "tf32")
+#: Whether Triton was imported with TRITON_INTERPRET=1: a process interprets kernels or compiles them, never both.
+INTERPRETED = isinstance(kernels.forward_kernel, InterpretedFunction)
 
 
 def bidirectional_gla(
@@ -45,20 +49,19 @@ def _checked(
     q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, scale: float, precision: str
 ) -> Tensor:
     instead = "choose backend='chunked' or 'naive'"
-    interpreted = isinstance(kernels.forward_kernel, InterpretedFunction)
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose one of {PRECISIONS}")
-    if not interpreted and q.device.type != "cuda":
+    if not INTERPRETED and q.device.type != "cuda":
         raise ValueError(
             f"backend 'fused' needs CUDA tensors, got {q.device.type}; {instead}, or set TRITON_INTERPRET=1 before "
             "Python starts to run the kernel in Triton's interpreter (slow, for learning and testing)"
         )
-    if not interpreted and q.dtype == torch.float64:
+    if not INTERPRETED and q.dtype == torch.float64:
         raise ValueError(f"backend 'fused' takes float32, float16 and bfloat16, got float64; {instead}")
-    if not interpreted and _capability(q.device) < (8, 0):
-        raise ValueError(f"backend 'fused' needs a GPU of compute capability 8.0 or more, got {_capability(q.device)}; {instead}")
-    if max(q.shape[3], v.shape[3]) > MAX_DIM:
-        raise ValueError(f"backend 'fused' takes K and V up to {MAX_DIM}, got K={q.shape[3]}, V={v.shape[3]}; {instead}")
+    if not INTERPRETED and torch.cuda.get_device_capability(q.device) < (8, 0):
+        raise ValueError(f"backend 'fused' needs a GPU of compute capability 8.0 or newer; {instead}")
+    if q.shape[3] > MAX_K:
+        raise ValueError(f"backend 'fused' takes K up to {MAX_K}, got {q.shape[3]}; {instead}")
     return _forward(q, k, v, g_fwd, g_rev, scale, precision)
 
 
@@ -69,8 +72,8 @@ def _forward(
     o = _empty(v)
     if o.numel():
         options = _options(q, v, g_fwd, g_rev, precision)
-        kernels.forward_kernel[_grid(q)](
-            *(_strided(x) for x in (q, k, v, g_fwd, g_rev, o)), _edges(q, options), scale, *_sizes(q, v), **options
+        kernels.forward_kernel[_grid(v, options)](
+            *(_strided(x) for x in (q, k, v, g_fwd, g_rev, o)), _states(v, options), scale, *_sizes(q, v), **options
         )
     return o
 
@@ -80,14 +83,23 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, do: Tensor, scale: float,
     precision: str,
 ) -> list[Tensor]:
-    grads = [None if x is None else _empty(x) for x in (q, k, v, g_fwd, g_rev)]
-    if do.numel():
-        options = _options(q, v, g_fwd, g_rev, precision)
-        kernels.backward_kernel[_grid(q)](
-            *(_strided(x) for x in (q, k, v, g_fwd, g_rev, do, *grads)), _edges(q, options), _edges(q, options),
-            scale, *_sizes(q, v), **options,
-        )
-    return [x for x in grads if x is not None]
+    inputs = [x for x in (q, k, v, g_fwd, g_rev) if x is not None]
+    grads = [_empty(x) for x in inputs]
+    if not do.numel():
+        return grads
+    options = _options(q, v, g_fwd, g_rev, precision)
+    blocks = _grid(v, options)[1]
+    parts = grads if blocks == 1 else [dv if x is v else _parts(x, blocks) for x, dv in zip(inputs, grads, strict=True)]
+    dq, dk, dv, *dg = (_strided(x) for x in parts)
+    kernels.backward_kernel[_grid(v, options)](
+        *(_strided(x) for x in (q, k, v, g_fwd, g_rev, do)),
+        dq, dk, dv, None if g_fwd is None else dg[0], None if g_rev is None else dg[-1],
+        _states(v, options), _states(v, options), scale, *_sizes(q, v), **options,
+    )  # fmt: skip
+    for grad, part in zip(grads, parts, strict=True):
+        if part is not grad:
+            grad.copy_(part.unflatten(0, (blocks, -1)).sum(0))
+    return grads
 
 
 @_forward.register_fake
@@ -124,14 +136,20 @@ _backward.register_autograd(_refuse)
 def _empty(x: Tensor) -> Tensor:
     """Memory for a result of the shape and dtype of x, token by token, as the projection behind the operator reads it."""
     B, H, T, D = x.shape
-    return x.new_empty(B, T, H, D).transpose(1, 2)
+    return x.new_empty_strided((B, H, T, D), (T * H * D, D, H * D, 1))
 
 
-def _edges(q: Tensor, options: dict) -> Tensor:
-    """Scratch memory for one state at the edge of every chunk."""
-    B, H, T, _ = q.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(B * H * triton.cdiv(T, options["C"]), options["BK"], options["BV"], dtype=dtype)
+def _parts(x: Tensor, blocks: int) -> Tensor:
+    """Memory for what each block of V contributes to the gradient of x, stacked along B."""
+    B, H, T, D = x.shape
+    return x.new_empty(blocks * B, H, T, D, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _states(v: Tensor, options: dict) -> Tensor:
+    """Scratch memory for the state at the edge of every chunk."""
+    blocks = math.prod(_grid(v, options))
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    return v.new_empty(blocks * triton.cdiv(v.shape[2], options["C"]), options["BK"], options["BV"], dtype=dtype)
 
 
 def _strided(x: Tensor | None) -> tuple | None:
@@ -142,24 +160,20 @@ def _sizes(q: Tensor, v: Tensor) -> tuple[int, ...]:
     return q.shape[1], q.shape[2], q.shape[3], v.shape[3]
 
 
-def _grid(q: Tensor) -> tuple[int]:
-    return (q.shape[0] * q.shape[1],)
+def _grid(v: Tensor, options: dict) -> tuple[int, int]:
+    """One program per (batch, head) and block of V."""
+    return v.shape[0] * v.shape[1], triton.cdiv(v.shape[3], options["BV"])
 
 
 def _options(q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, precision: str) -> dict:
     """The compile-time constants of a launch."""
     dot = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(q.dtype, precision)
-    if isinstance(kernels.forward_kernel, InterpretedFunction):
+    if INTERPRETED:
         dot = "ieee"  # the interpreter multiplies the bit patterns of bfloat16
     double = q.dtype == torch.float64
     return {
         "FWD": g_fwd is not None, "REV": g_rev is not None, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1,
-        "BK": max(16, triton.next_power_of_2(q.shape[3])), "BV": max(16, triton.next_power_of_2(v.shape[3])),
+        "BK": max(16, triton.next_power_of_2(q.shape[3])), "BV": min(BLOCK_V, max(16, triton.next_power_of_2(v.shape[3]))),
         "ACC": kernels.tl.float64 if double else kernels.tl.float32, "DOT": dot, "LIMIT": 2000.0 if double else 300.0,
-        "num_warps": 4 if max(q.shape[3], v.shape[3]) > 64 else 2,
+        "num_warps": 8 if q.shape[3] > 64 else 2, "num_stages": 1,
     }  # fmt: skip
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)

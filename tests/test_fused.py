@@ -1,0 +1,126 @@
+"""What only the Triton layer promises: its registration, its refusals, its memory discipline, its compilation."""
+
+import re
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import FUSED_ARITHMETIC, FUSED_DEVICE
+
+from vig_ref import bidirectional_gla, fused, gla
+from vig_ref.fused import launch
+from vig_ref.tolerance import NAMES, draw, evaluate
+
+INTERPRETED = FUSED_DEVICE == "cpu"
+
+
+def inputs(T=20, K=5, V=7, **options):
+    return draw(1, 2, T, K, V, device=FUSED_DEVICE, **options)
+
+
+@pytest.mark.parametrize("directions", ["both", "fwd", "rev"])
+def test_opcheck(directions):
+    """The registration with PyTorch: schema, autograd, fake tensors, and tracing by torch.compile."""
+    q, k, v, g_fwd, g_rev = (t.requires_grad_() for t in inputs()[:5])
+    gates = {"both": (g_fwd, g_rev), "fwd": (g_fwd, None), "rev": (None, g_rev)}[directions]
+    torch.library.opcheck(launch._forward, (q, k, v, *gates, 0.5, "ieee"))
+
+
+def test_compiled_model_has_no_graph_break():
+    x = inputs()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def function(*tensors):
+        return gla(*tensors[:4], backend="fused") + bidirectional_gla(*tensors, backend="fused")
+
+    expected = gla(*x[:4], backend="fused") + bidirectional_gla(*x[:5], backend="fused")
+    assert torch.equal(function(*x[:5]), expected)
+
+
+@pytest.mark.parametrize("how", FUSED_ARITHMETIC, ids=str)
+def test_runs_are_bitwise_equal(how):
+    x = inputs(T=37, K=17, V=70, dtype=how.dtype)
+    first = evaluate(fused.bidirectional_gla, x, scale=0.5, **how.options)
+    for _ in range(2 if INTERPRETED else 200):
+        again = evaluate(fused.bidirectional_gla, x, scale=0.5, **how.options)
+        assert all(torch.equal(first[name], again[name]) for name in NAMES)
+
+
+def test_neighbours_in_a_batch_do_not_matter():
+    """Bitwise the same result alone and in a batch."""
+    x = draw(3, 2, 21, 5, 7, device=FUSED_DEVICE)
+    whole = evaluate(bidirectional_gla, x, backend="fused")
+    alone = evaluate(bidirectional_gla, type(x)(*(t[1:2] for t in x)), backend="fused")
+    assert all(torch.equal(whole[name][1:2], alone[name]) for name in NAMES)
+
+
+INSIDE = (slice(1, -1),) * 4
+
+
+def framed(x, value):
+    """A view of the values of x with one row of `value` on every side, and the whole memory."""
+    memory = x.new_full([size + 2 for size in x.shape], value)
+    return memory[INSIDE].copy_(x), memory
+
+
+@pytest.mark.parametrize("V", [7, 70], ids=["one block of V", "two blocks of V"])
+def test_memory_around_the_tensors_is_neither_read_nor_written(monkeypatch, V):
+    """Inputs lie inside NaN. Results lie inside a canary, and they and all scratch memory start as NaN."""
+    x = inputs(T=21, V=V)
+    expected = evaluate(bidirectional_gla, x, backend="fused")
+    canary, results = 12345.0, []
+
+    def empty(t):
+        inside, memory = framed(torch.full_like(t, torch.nan), canary)
+        results.append(memory)
+        return inside
+
+    def scratch(allocate):
+        return lambda *arguments: allocate(*arguments).fill_(torch.nan)
+
+    monkeypatch.setattr(launch, "_empty", empty)
+    monkeypatch.setattr(launch, "_states", scratch(launch._states))
+    monkeypatch.setattr(launch, "_parts", scratch(launch._parts))
+    got = evaluate(bidirectional_gla, type(x)(*(framed(t, torch.nan)[0] for t in x)), backend="fused")
+    assert len(results) == 6
+    for name, memory in zip(NAMES, results, strict=True):
+        assert torch.equal(got[name], expected[name])
+        memory[INSIDE] = canary
+        assert (memory == canary).all()
+
+
+def test_double_backward_is_refused():
+    leaves = [t.requires_grad_() for t in inputs()[:5]]
+    o = bidirectional_gla(*leaves, backend="fused")
+    (dq,) = torch.autograd.grad(o.sum(), leaves[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative; choose backend='chunked' or 'naive'"):
+        dq.sum().backward()
+
+
+def test_unknown_precision():
+    with pytest.raises(ValueError, match=re.escape("unknown precision 'fast'; choose one of ('ieee', 'tf32')")):
+        fused.bidirectional_gla(*inputs()[:5], scale=1.0, precision="fast")
+
+
+def test_k_too_large():
+    with pytest.raises(ValueError, match="takes K up to 128, got 129; choose backend='chunked' or 'naive'"):
+        bidirectional_gla(*inputs(T=1, K=129)[:5], backend="fused")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs a machine without a GPU")
+def test_cpu_tensors_are_refused_without_the_interpreter():
+    code = """if True:
+        import torch, vig_ref
+        x = torch.zeros(1, 1, 2, 3)
+        vig_ref.gla(x, x, x, x, backend="fused")
+    """
+    got = run(code)
+    assert "ValueError: backend 'fused' needs CUDA tensors, got cpu; choose backend='chunked' or 'naive'" in got.stderr
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Python in a process of its own, where Triton compiles instead of interpreting."""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, check=False)

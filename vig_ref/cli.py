@@ -1,0 +1,56 @@
+"""The command line: `vig-ref COMMAND`, also `python -m vig_ref COMMAND`.
+
+A command is a module with `add_arguments(parser)` and `run(options) -> exit code`.
+It is imported when it is called, so that no command needs what another one needs.
+"""
+
+import argparse
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """Where a command is, the extra that brings what it imports, and one line of help."""
+
+    module: str
+    extra: str
+    help: str
+
+
+COMMANDS = {
+    "demo": Command("vig_ref.demo", "demo", "check that the layers agree, then train a small ViG on handwritten digits"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code, 0 if all is well."""
+    options = _parser().parse_args(argv)
+    module = _load(options.command)
+    parser = argparse.ArgumentParser(prog=f"vig-ref {options.command}", description=COMMANDS[options.command].help)
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(options.arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    listing = "\n".join(f"  {name:<10}{command.help}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="vig-ref", description="ViG in three layers that agree.", epilog=f"commands:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="see vig-ref COMMAND --help")
+    return parser
+
+
+def _load(name: str) -> ModuleType:
+    command = COMMANDS[name]
+    try:
+        return importlib.import_module(command.module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "vig_ref":
+            raise  # a fault of this package, not of its installation
+        raise SystemExit(
+            f"vig-ref {name}: the module {error.name!r} is missing; install it with: pip install 'vig_ref[{command.extra}]'"
+            f"\n(in a clone: pip install -c constraints.txt -e '.[{command.extra}]')"
+        ) from error
