@@ -9,7 +9,9 @@ import torch.nn.functional as F
 import vig_ref.model
 from vig_ref.model import PRESETS, DropPath, Mixer, PatchEmbed, RMSNorm, ViG, ViGConfig, create_model
 
-BACKENDS = ("naive", "chunked")
+#: The fused layer computes in float64 on the CPU where its kernels are interpreted, that is, without a GPU; with one,
+#: tests/test_gpu.py runs it.
+BACKENDS = ("naive", "chunked") if torch.cuda.is_available() else ("naive", "chunked", "fused")
 #: 16x24 images make 8x12 = 96 tokens, more than one chunk.
 TINY = ViGConfig(dim=16, num_heads=2, depth=2, patch_size=2, silu=True)
 
@@ -46,6 +48,13 @@ def test_presets_are_the_released_ones():
         "vig_small": (384, 6, 12, 16, 0.2, False),
         "vig_base": (768, 12, 12, 16, 0.5, False),
     }
+
+
+def test_drop_path_can_be_chosen():
+    with torch.device("meta"):
+        model = create_model("vig_small", drop_path=0.3)
+    assert model.blocks[-1].drop_path.p == pytest.approx(0.3)
+    assert create_model("vig_tiny", num_classes=0).blocks[-1].drop_path.p == 0.0
 
 
 def test_without_a_config_it_is_vig_tiny():

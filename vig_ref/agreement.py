@@ -1,7 +1,7 @@
 """Do the layers agree? Each one's result and five gradients against the float64 oracle, as a table.
 
-The question is asked of one element at a time: |X - X64| / bound, with the bound of `vig_ref.tolerance`. A ratio of 1 or
-less is agreement as close as the arithmetic allows; a layer that is wrong by one percent has a ratio of thousands.
+The question is asked of one element at a time: |X - X64| / bound, with the bound of `vig_ref.tolerance`. A ratio of 1
+or less is agreement as close as the arithmetic allows; a layer that is wrong by one percent has a ratio of thousands.
 
 `python -m vig_ref.agreement --layer fused --device cpu` prints one layer's rows as JSON: a Triton kernel is either
 interpreted or compiled for the whole life of a process, so that the demo gives the fused layer a process of its own.
@@ -25,6 +25,7 @@ from vig_ref import tolerance
 from vig_ref.tolerance import NAMES, REGIMES
 
 LAYERS = ("naive", "chunked", "fused")
+INTERPRETER = "Triton interpreter"
 #: Small enough for Triton's interpreter, and awkward: T is no multiple of any chunk, K is not V, K is under one tile.
 SHAPE = {"B": 1, "H": 2, "T": 49, "K": 8, "V": 16}
 SCALE = SHAPE["K"] ** -0.5
@@ -93,7 +94,7 @@ def fused_mode(device: str) -> str:
     from vig_ref.fused import kernels
 
     if isinstance(kernels.forward_kernel, InterpretedFunction):
-        return "Triton interpreter"
+        return INTERPRETER
     return f"compiled, {torch.cuda.get_device_name(device)}"
 
 
@@ -114,14 +115,19 @@ def compare_fused(device: str) -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
+def has_triton() -> bool:
+    """Whether Triton is installed; it is not imported, since that decides how this process runs kernels."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def compare_all(device: str = "cpu") -> dict[str, Any]:
     """Every layer that can run here: the rows, the layers left out with the reason, and the largest ratio of all."""
     rows = [row for name in ("naive", "chunked") for layer in layers(name, device) for row in compare(layer, device)]
     missing = {}
-    if importlib.util.find_spec("triton") is None:
-        missing["fused"] = NO_TRITON
-    else:
+    if has_triton():
         rows += compare_fused(device)
+    else:
+        missing["fused"] = NO_TRITON
     largest = max(max(row["ratios"].values()) for row in rows)
     return {"shape": SHAPE, "agree": largest <= 1, "largest_ratio": largest, "missing": missing, "rows": rows}
 
@@ -134,7 +140,8 @@ def table(agreement: dict[str, Any]) -> str:
     for row in agreement["rows"]:
         if row["layer"] != layer:
             layer = row["layer"]
-            lines += ["", layer, f"  {'gates':<10}" + "".join(f"{name:>8}" for name in NAMES) + "   nearest to its bound"]
+            columns = "".join(f"{name:>8}" for name in NAMES)
+            lines += ["", layer, f"  {'gates':<10}{columns}   nearest to its bound"]
         ratios = "".join(f"{row['ratios'][name]:8.2g}" for name in NAMES)
         sign = "<=" if max(row["ratios"].values()) <= 1 else "> "
         lines.append(f"  {row['regime']:<10}{ratios}   {row['worst']:<6} {row['error']:.1e} {sign} {row['bound']:.1e}")
@@ -150,7 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layer", choices=LAYERS, required=True)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
-    print(json.dumps([row for layer in layers(options.layer, options.device) for row in compare(layer, options.device)]))
+    variants = layers(options.layer, options.device)
+    print(json.dumps([row for layer in variants for row in compare(layer, options.device)]))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("vig_ref.demo", "demo", "check that the layers agree, then train a small ViG on handwritten digits"),
+    "demo": Command("vig_ref.demo", "demo", "see the layers agree, then a small ViG learn handwritten digits"),
 }
 
 
@@ -51,6 +51,6 @@ def _load(name: str) -> ModuleType:
         if (error.name or "").partition(".")[0] == "vig_ref":
             raise  # a fault of this package, not of its installation
         raise SystemExit(
-            f"vig-ref {name}: the module {error.name!r} is missing; install it with: pip install 'vig_ref[{command.extra}]'"
-            f"\n(in a clone: pip install -c constraints.txt -e '.[{command.extra}]')"
+            f"vig-ref {name}: the module {error.name!r} is missing; install the extra {command.extra!r}: "
+            f"pip install 'vig_ref[{command.extra}]', in a clone pip install -c constraints.txt -e '.[{command.extra}]'"
         ) from error

@@ -5,7 +5,7 @@ mixer unrolls them. Letters: docs/notation.md. The architecture is the released 
 dfb9d32); where the paper says otherwise, the docstring of the class says so.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -298,9 +298,9 @@ class ViG(nn.Module):
 
 def create_model(
     name: str, *, backend: str = "auto", num_classes: int = 1000, img_size: int | tuple[int, int] = 224,
-    in_chans: int = 3,
+    in_chans: int = 3, drop_path: float | None = None,
 ) -> ViG:
-    """A new ViG by name, one of `PRESETS`; the other arguments are those of `ViG`.
+    """A new ViG by name, one of `PRESETS`; the other arguments are those of `ViG`. `drop_path` None is the preset's.
 
     Raises:
         ValueError: an unknown name, or what `ViG` refuses.
@@ -311,4 +311,5 @@ def create_model(
     """
     if name not in PRESETS:
         raise ValueError(f"unknown model {name!r}; choose one of {tuple(PRESETS)}")
-    return ViG(PRESETS[name], backend=backend, num_classes=num_classes, img_size=img_size, in_chans=in_chans)
+    config = PRESETS[name] if drop_path is None else replace(PRESETS[name], drop_path=drop_path)
+    return ViG(config, backend=backend, num_classes=num_classes, img_size=img_size, in_chans=in_chans)

@@ -49,7 +49,9 @@ def bidirectional_gla(
         torch.Size([2, 3, 196, 64])
     """
     scale = _check(q, k, v, {"g_fwd": g_fwd, "g_rev": g_rev}, scale)
-    return load_backend(backend, q.device).bidirectional_gla(q, k, v, g_fwd, g_rev, scale=scale)
+    layer = load_backend(backend, q.device)
+    with torch.autocast(q.device.type, enabled=False):  # the precision is that of the tensors given, in every layer
+        return layer.bidirectional_gla(q, k, v, g_fwd, g_rev, scale=scale)
 
 
 def gla(
@@ -70,7 +72,9 @@ def gla(
         torch.Size([2, 3, 196, 64])
     """
     scale = _check(q, k, v, {"g": g}, scale)
-    return load_backend(backend, q.device).gla(q, k, v, g, reverse=reverse, scale=scale)
+    layer = load_backend(backend, q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        return layer.gla(q, k, v, g, reverse=reverse, scale=scale)
 
 
 def resolve_backend(backend: str, device: torch.device | str) -> str:

@@ -19,6 +19,7 @@ The gradient of a gate is a difference of sums over a chunk, so its gauge is the
 The second gate is over a whole tensor and readable: rms(X - X64) <= RMS_LIMIT rms(X64).
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -120,7 +121,7 @@ def worst_ratios(
     ratios = {}
     for name in NAMES:
         error = (got[name].double() - exact[name]).abs()
-        ratio = torch.where(error == 0, 0.0, error / bound[name]).nan_to_num(nan=_INF)
+        ratio = torch.where(error == 0, 0.0, error / bound[name]).nan_to_num(nan=_INF, posinf=_INF)
         ratios[name] = ratio.max().item() if ratio.numel() else 0.0
     return ratios
 
@@ -134,7 +135,8 @@ def rms_ratios(got: dict[str, Tensor], exact: dict[str, Tensor], limit: float) -
     ratios = {}
     for name in NAMES:
         error = rms(got[name].double() - exact[name])
-        ratios[name] = 0.0 if error == 0 else error / (limit * rms(exact[name]) + ETA[got[name].dtype])
+        ratio = 0.0 if error == 0 else error / (limit * rms(exact[name]) + ETA[got[name].dtype])
+        ratios[name] = _INF if math.isnan(ratio) else ratio  # max() would pass over a NaN
     return ratios
 
 

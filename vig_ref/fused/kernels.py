@@ -77,8 +77,16 @@ def _dot(a, b, ACC: tl.constexpr, DOT: tl.constexpr):
     """Matrix product with operands rounded as DOT says ("ieee", "tf32" or "bf16"), accumulated in ACC."""
     if DOT == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), out_dtype=ACC)
+    elif DOT == "tf32":
+        return tl.dot(_round_to_tf32(a), _round_to_tf32(b), input_precision="tf32", out_dtype=ACC)
     else:
-        return tl.dot(a, b, input_precision=DOT, out_dtype=ACC)
+        return tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
+
+
+@triton.jit
+def _round_to_tf32(x):
+    """The tensor cores cut a float32 off after 10 bits; adding half of the last one first makes that round to nearest."""
+    return (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

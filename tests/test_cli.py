@@ -1,0 +1,99 @@
+"""The command line: what it lists, what it refuses, and what it says when something is not installed."""
+
+import subprocess
+import sys
+
+import pytest
+
+from vig_ref import cli
+
+
+def python(*arguments, block=()):
+    """A new Python in which the modules `block` cannot be imported."""
+    blocked = "".join(f"sys.modules[{name!r}] = None; " for name in block)
+    program = f"import sys; {blocked}{arguments[-1]}"
+    return subprocess.run([sys.executable, *arguments[:-1], "-c", program], capture_output=True, text=True, check=False)
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name} " in text
+        assert command.help in text
+
+
+def test_help_of_a_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["demo", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: vig-ref demo")
+    assert "--device {cpu,cuda}" in text
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "the following arguments are required: COMMAND"),
+    (["paint"], "invalid choice: 'paint' (choose from "),
+    (["demo", "--device", "abacus"], "argument --device: invalid choice: 'abacus'"),
+    (["demo", "--epochs", "0"], "argument --epochs: expected a whole number of at least 1, got '0'"),
+])  # fmt: skip
+def test_refusals(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_python_m_vig_ref_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "vig_ref", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: vig-ref ")
+
+
+@pytest.mark.parametrize("module", ["sklearn", "matplotlib", "tqdm"])
+def test_a_missing_extra_is_named(module):
+    done = python("from vig_ref.cli import main; main(['demo'])", block=[module])
+    assert done.returncode == 1
+    assert f"vig-ref demo: the module '{module}" in done.stderr
+    assert "pip install 'vig_ref[demo]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_fault_of_the_package_is_not_called_a_missing_extra(monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "broken", cli.Command("vig_ref.no_such_module", "demo", ""))
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        cli.main(["broken"])
+
+
+def test_the_exit_code_is_the_commands(monkeypatch):
+    from vig_ref import demo
+
+    monkeypatch.setattr(demo, "run", lambda options: 7 if options.epochs == 3 else 0)
+    assert cli.main(["demo", "--epochs", "3"]) == 7
+
+
+USE_CHUNKED_THEN_FUSED = """
+import torch, vig_ref
+q, k, v, g_fwd, g_rev = torch.zeros(5, 1, 1, 3, 2).unbind()
+for backend in ("naive", "chunked", "auto"):
+    vig_ref.bidirectional_gla(q, k, v, g_fwd, g_rev, backend=backend)
+print("without Triton")
+vig_ref.bidirectional_gla(q, k, v, g_fwd, g_rev, backend="fused")
+"""
+
+
+def test_without_triton_the_package_works_and_fused_says_so():
+    done = python(USE_CHUNKED_THEN_FUSED, block=["triton"])
+    assert done.stdout == "without Triton\n"
+    assert done.returncode == 1
+    assert "ImportError: backend 'fused' needs Triton, which is published for Linux only" in done.stderr
+    assert "choose backend='chunked' or 'naive'" in done.stderr
+
+
+def test_importing_the_package_imports_no_optional_module():
+    optional = ["triton", "sklearn", "matplotlib", "tqdm"]
+    done = python(f"import vig_ref; print([m for m in {optional} if m in sys.modules])")
+    assert done.stdout == "[]\n", done.stderr
