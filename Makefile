@@ -4,7 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
-# Two test processes: more would need more memory than a small machine has. Override: make test JOBS=8
+# Two test processes, since small machines have two cores; the idle one takes over what the other has left.
+# More on a larger machine: make test JOBS=8
 JOBS ?= 2
 
 .PHONY: demo test lint clean
@@ -14,7 +15,7 @@ demo: .venv/.installed-demo
 	$(BIN)/vig-ref demo
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile ci
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --hypothesis-profile ci
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check

@@ -89,9 +89,8 @@ def device_of(layer: str) -> str:
     return FUSED_DEVICE if layer == "fused" else "cpu"
 
 
-def chunk_of(layer: str, T: int) -> int:
-    """Tokens under one running sum of gates: see `vig_ref.tolerance.bounds`."""
-    return {"naive": T, "chunked": 64, "fused": fused.CHUNK}[layer]
+#: Tokens in a chunk: see `vig_ref.tolerance.bounds`.
+CHUNK = {"naive": 1, "chunked": 64, "fused": fused.CHUNK}
 
 
 @dataclass(frozen=True)

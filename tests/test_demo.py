@@ -91,18 +91,26 @@ def test_a_layer_wrong_by_one_percent_fails_the_demo(factor, monkeypatch, tmp_pa
 
 
 def test_nan_is_not_agreement(monkeypatch, without_fused):
-    monkeypatch.setattr(chunked, "bidirectional_gla", lambda q, k, v, *gates, **o: v * sum(gates).sum() * float("nan"))
+    right = chunked.bidirectional_gla
+    monkeypatch.setattr(chunked, "bidirectional_gla", lambda *x, **o: right(*x, **o) * math.nan)
     result = agreement.compare_all()
     assert not result["agree"]
     assert "THE LAYERS DISAGREE" in agreement.table(result)
 
 
-def test_side_by_side_notices_swapped_gates(data, monkeypatch):
-    right = chunked.bidirectional_gla
-    swapped = lambda q, k, v, g_fwd, g_rev, **o: right(q, k, v, g_rev, g_fwd, **o)  # noqa: E731
-    monkeypatch.setattr(chunked, "bidirectional_gla", swapped)
-    result = demo.side_by_side(data, ("naive", "chunked"), "cpu")
+RIGHT = chunked.bidirectional_gla
+MISTAKES = {
+    "gates swapped": lambda q, k, v, g_fwd, g_rev, **o: RIGHT(q, k, v, g_rev, g_fwd, **o),
+    "one gate 1 % too strong": lambda q, k, v, g_fwd, g_rev, **o: RIGHT(q, k, v, g_fwd, 1.01 * g_rev, **o),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_side_by_side_notices_a_mistake_that_learns_as_well(mistake, data, monkeypatch):
+    monkeypatch.setattr(chunked, "bidirectional_gla", MISTAKES[mistake])
+    result = demo.side_by_side(data, ("naive", "chunked"))
     assert not result["agree"]
+    assert all(step["difference"] > 1e3 * step["bound"] for step in result["steps"])
 
 
 def test_too_few_right_answers_fail_a_full_run_only(tmp_path, capsys):
@@ -162,7 +170,7 @@ def test_jitter_moves_the_ink_a_little(data):
 
 
 def test_without_the_global_branch_the_rest_is_unchanged(data):
-    learner = demo.Learner(data, backend="chunked", steps=10, device="cpu")
+    learner = demo.Learner(data, backend="chunked", steps=10)
     before = learner.answers()
     learner.accuracy_without_global_branch()
     assert torch.equal(before, learner.answers())

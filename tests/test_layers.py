@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from cases import FLOAT32, FLOAT64, LAYERS, VARIANTS, Case, Inputs, cases, chunk_of, device_of
+from cases import CHUNK, FLOAT32, FLOAT64, LAYERS, VARIANTS, Case, Inputs, cases, device_of
 from hypothesis import example, given, target
 from hypothesis import strategies as st
 
@@ -53,7 +53,7 @@ def on_hard_cases(test):
 @given(case=cases)
 def test_layer_equals_the_oracle(layer, how, case):
     x = case.inputs(how.dtype, device_of(layer))
-    function, chunk = LAYERS[layer].bidirectional_gla, chunk_of(layer, case.T)
+    function, chunk = LAYERS[layer].bidirectional_gla, CHUNK[layer]
     check(function, x, scale=case.scale_value, chunk=chunk, dot=how.dot, **how.options)
 
 
@@ -78,7 +78,7 @@ def test_one_direction_equals_the_oracle(layer, reverse, case):
         o = gla(q, k, v, g, reverse=reverse, scale=scale, backend=layer)
         return (o + itself) / 2 + torch.exp(unused).sum()  # exp(-inf) = 0: connects the unused gate
 
-    check(from_one_direction, x, scale=case.scale_value, chunk=chunk_of(layer, case.T))
+    check(from_one_direction, x, scale=case.scale_value, chunk=CHUNK[layer])
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -86,7 +86,7 @@ def test_one_direction_equals_the_oracle(layer, reverse, case):
 def test_every_subset_of_requires_grad(layer, wanted, seed):
     x = draw(1, 2, 18, 3, 4, seed=seed, device=device_of(layer))
     expected = reference(x, scale=0.5)
-    bound = bounds(x, expected, scale=0.5, chunk=chunk_of(layer, 18))
+    bound = bounds(x, expected, scale=0.5, chunk=CHUNK[layer])
     leaves = [t.clone().requires_grad_(n in wanted) for n, t in enumerate(x[:5])]
     o = bidirectional_gla(*leaves, scale=0.5, backend=layer)
     o.backward(x.do)

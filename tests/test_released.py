@@ -3,6 +3,8 @@
 import ast
 import math
 import pickle
+import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from vig_ref.model import PRESETS, Mixer, create_model
-from vig_ref.released import load_released, released_name
+from vig_ref.released import load_released, released_names
 
 BACKENDS = ("naive", "chunked")
 GOLDEN = Path(__file__).parent / "golden" / "released_vig_t.npz"
@@ -73,8 +75,9 @@ def test_golden_tolerance_sees_one_percent(golden):
 
 def test_names_and_shapes_are_the_released_ones(golden):
     with torch.device("meta"):
-        state = create_model("vig_tiny").state_dict()
-    ours = {released_name(name): str(tuple(x.shape)) for name, x in state.items()}
+        model = create_model("vig_tiny")
+    names = released_names(model)
+    ours = {names[name]: str(tuple(x.shape)) for name, x in model.state_dict().items()}
     assert ours == dict(zip(golden["names"].tolist(), golden["shapes"].tolist(), strict=True))
 
 
@@ -102,9 +105,10 @@ def test_the_model_shares_no_memory_with_its_source(weights):
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_variant_is_found_from_the_shapes(name):
     with torch.device("meta"):
-        state = create_model(name).state_dict()
-    model = load_released({released_name(key): x for key, x in state.items()})
-    assert model.config == PRESETS[name]
+        model = create_model(name)
+    names = released_names(model)
+    loaded = load_released({names[key]: x for key, x in model.state_dict().items()})
+    assert loaded.config == PRESETS[name]
 
 
 def test_other_sizes_are_found_from_the_shapes(weights):
@@ -148,8 +152,34 @@ def test_files(weights, tmp_path):
     torch.save({"model": state, "epoch": 299}, tmp_path / "vig_t.pth")
     save_file(state, tmp_path / "vig_t.safetensors")
     for path in (tmp_path / "vig_t.pth", str(tmp_path / "vig_t.pth"), tmp_path / "vig_t.safetensors"):
-        loaded = load_released(path).state_dict()
-        assert all(torch.equal(x, state[released_name(name)]) for name, x in loaded.items())
+        loaded = load_released(path)
+        names = released_names(loaded)
+        assert all(torch.equal(x, state[names[name]]) for name, x in loaded.state_dict().items())
+
+
+def test_a_training_file_with_optimizer_and_settings(weights, tmp_path, monkeypatch):
+    """What the authors' training writes: settings are an object of `yacs`, which nobody needs to have installed."""
+    yacs = types.ModuleType("yacs.config")
+    yacs.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    settings = yacs.CfgNode(MODEL=yacs.CfgNode(NAME="vig_tiny"), TAGS=["a", 1.5])
+    settings.__dict__["__immutable__"] = True
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    checkpoint = {
+        "model": {f"module.{name}": torch.zeros_like(x).half() for name, x in weights.items()},
+        "model_ema": {f"module.{name}": x.half() for name, x in weights.items()},
+        "optimizer": optimizer.state_dict(), "lr_scheduler": {"base_values": [1e-3]}, "scaler": {}, "epoch": 299,
+        "max_accuracy": 77.2, "config": settings,
+    }  # fmt: skip
+    with monkeypatch.context() as with_yacs:
+        with_yacs.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+        with_yacs.setitem(sys.modules, "yacs.config", yacs)
+        torch.save(checkpoint, tmp_path / "ckpt.pth")
+    loaded = load_released(tmp_path / "ckpt.pth")
+    assert torch.equal(loaded.head.bias, weights["head.bias"].half().float())
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 
 def test_all_misfits_are_listed(weights):

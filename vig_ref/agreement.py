@@ -135,7 +135,7 @@ def compare_all(device: str = "cpu") -> dict[str, Any]:
 def table(agreement: dict[str, Any]) -> str:
     """`compare_all` for the terminal, under 100 columns."""
     shape = " ".join(f"{name}={size}" for name, size in agreement["shape"].items())
-    lines = [f"Agreement with the float64 oracle: the largest |error| / bound ({shape}); 1 or less agrees"]
+    lines = [f"Agreement with the float64 oracle: largest |error| / bound, at most 1 ({shape})"]
     layer = None
     for row in agreement["rows"]:
         if row["layer"] != layer:

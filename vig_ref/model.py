@@ -1,18 +1,25 @@
 """ViG, read from top to bottom: patches, blocks of a mixer and an MLP, an average, a linear head.
 
+First the parts, then the two families made of them: `ViG`, plain, and `HierarchicalViG` (the paper's ViG-H). What both
+owe to the world around them, feature maps or another head, is in backbone.py.
+
 Images and tokens stay on their grid, channels last: `[B, h, w, D]`, with T = h w tokens in row-major order. Only the
 mixer unrolls them. Letters: docs/notation.md. The architecture is the released one (github.com/hustvl/ViG, commit
 dfb9d32); where the paper says otherwise, the docstring of the class says so.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from vig_ref.ops import bidirectional_gla, resolve_backend
+from vig_ref.backbone import Backbone, new_head
+from vig_ref.ops import bidirectional_gla
 
 FORGET_RANK = 16  # W_alpha1: [D, 16], W_alpha2: [16, 2 H K]   (Eq. 6)
 FORGET_TEMPERATURE = 16  # tau of Eq. 6: alpha = sigmoid(...) ** (1 / tau), a slow forgetting
@@ -36,28 +43,66 @@ class ViGConfig:
     """Pixels from one token to the next, an even number; see `PatchEmbed`."""
 
     def __post_init__(self):
-        if self.num_heads < 1 or self.dim < 1 or self.dim % (2 * self.num_heads):
-            raise ValueError(f"dim: expected a multiple of 2 num_heads, got dim={self.dim}, num_heads={self.num_heads}")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path: expected a probability in [0, 1), got {self.drop_path}")
-        if self.depth < 1:
-            raise ValueError(f"depth: expected at least 1 block, got {self.depth}")
+        check_sizes(self.dim, self.num_heads, self.depth, self.drop_path)
         if self.patch_size < 2 or self.patch_size % 2:
             raise ValueError(f"patch_size: expected an even number of pixels, got {self.patch_size}")
 
 
-PRESETS = {
+@dataclass(frozen=True)
+class HierarchicalConfig:
+    """What varies between hierarchical ViGs, one entry a stage. Stages have a token every 4, 8, 16, ... pixels."""
+
+    dims: tuple[int, ...]
+    """Width D of a token."""
+    num_heads: tuple[int, ...]
+    """Heads H of the operator; 2 num_heads divides dims."""
+    depths: tuple[int, ...]
+    """Number of blocks."""
+    drop_path: float = 0.0
+    """Probability of skipping a branch of the last block in training; it grows linearly from 0 at the first block."""
+
+    def __post_init__(self):
+        if not len(self.dims) == len(self.num_heads) == len(self.depths) > 0:
+            raise ValueError(
+                f"dims, num_heads, depths: expected one entry a stage in each, got {self.dims}, {self.num_heads}, "
+                f"{self.depths}"
+            )
+        for dim, num_heads, depth in zip(self.dims, self.num_heads, self.depths, strict=True):
+            check_sizes(dim, num_heads, depth, self.drop_path)
+
+
+def check_sizes(dim: int, num_heads: int, depth: int, drop_path: float) -> None:
+    """What a row of blocks demands, in either family."""
+    if num_heads < 1 or dim < 1 or dim % (2 * num_heads):
+        raise ValueError(f"dim: expected a multiple of 2 num_heads, got dim={dim}, num_heads={num_heads}")
+    if not 0 <= drop_path < 1:
+        raise ValueError(f"drop_path: expected a probability in [0, 1), got {drop_path}")
+    if depth < 1:
+        raise ValueError(f"depth: expected at least 1 block, got {depth}")
+
+
+VIG_TINY = ViGConfig(dim=192, num_heads=3, drop_path=0.0, silu=True)
+PRESETS: dict[str, ViGConfig | HierarchicalConfig] = {
     "vig_tiny":
-        ViGConfig(dim=192, num_heads=3, drop_path=0.0, silu=True),
+        VIG_TINY,
     "vig_small":
         ViGConfig(dim=384, num_heads=6, drop_path=0.2, silu=False),
     "vig_base":
         ViGConfig(dim=768, num_heads=12, drop_path=0.5, silu=False),
-}
+    "vig_h_tiny":
+        HierarchicalConfig(dims=(96, 192, 384, 768), num_heads=(3, 6, 12, 24), depths=(2, 2, 5, 2), drop_path=0.2),
+    "vig_h_small":
+        HierarchicalConfig(dims=(96, 192, 384, 768), num_heads=(3, 6, 12, 24), depths=(2, 2, 17, 2), drop_path=0.3),
+    "vig_h_base":
+        HierarchicalConfig(dims=(128, 256, 512, 1024), num_heads=(4, 8, 16, 32), depths=(2, 2, 17, 2), drop_path=0.6),
+}  # fmt: skip
 
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of the weight: float32 under autocast."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__(dim, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
@@ -78,15 +123,18 @@ class DropPath(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Image to tokens: two overlapping convolutions, each with a LayerNorm over channels, a SiLU in between.
+    """Image to tokens: two overlapping convolutions, each with a LayerNorm over channels, an activation in between.
 
     With s = patch_size / 2, the first convolution has stride s and kernel s + 1, but at least 3; the second is 3x3
-    with stride 2; both pad by 1. Patch 16 gives the released 9x9/8 and 3x3/2, and every even patch size p turns
-    an image of p h x p w pixels into exactly h x w tokens.
+    with stride 2; both pad by 1. Patch 16 gives the released 9x9/8 and 3x3/2, patch 4 the 3x3/2 twice of ViG-H, and
+    every even patch size p turns an image of p h x p w pixels into exactly h x w tokens.
     """
 
-    def __init__(self, dim: int, patch_size: int, in_chans: int):
+    def __init__(
+        self, dim: int, patch_size: int, in_chans: int, activation: Callable[[Tensor], Tensor] = F.silu
+    ):
         super().__init__()
+        self.activation = activation
         stride = patch_size // 2
         self.conv1 = nn.Conv2d(in_chans, dim // 2, max(stride + 1, 3), stride, padding=1)
         self.norm1 = nn.LayerNorm(dim // 2)
@@ -95,7 +143,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x).permute(0, 2, 3, 1)  # [B, C, height, width] -> [B, 2h, 2w, D/2]
-        x = F.silu(self.norm1(x)).permute(0, 3, 1, 2)
+        x = self.activation(self.norm1(x)).permute(0, 3, 1, 2)
         return self.norm2(self.conv2(x).permute(0, 2, 3, 1))  # [B, h, w, D]
 
 
@@ -129,8 +177,12 @@ class Mixer(nn.Module):
         self.forget_proj = nn.Sequential(nn.Linear(dim, FORGET_RANK, bias=False), nn.Linear(FORGET_RANK, dim))
         self.gate_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim, bias=False)
-        self.norm_o = RMSNorm(dim // num_heads, eps=1e-6)
-        self.norm_local = RMSNorm(dim // num_heads, eps=1e-6)
+        self.norm_o = RMSNorm(dim // num_heads)
+        self.norm_local = RMSNorm(dim // num_heads)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The released initialisation of a plain ViG."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -138,19 +190,27 @@ class Mixer(nn.Module):
                 nn.init.xavier_uniform_(parameter, gain=2**-2.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        D, height, width = self.dim, x.shape[1], x.shape[2]
         # 1. Local branch: each token and its 8 neighbours.
-        local = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, h, w, D]
-        local = (F.silu(local) if self.silu else local).flatten(1, 2)  # [B, T, D]
+        local = self.local(x)  # [B, T, D]
         # 2. Global branch: every token, in both directions.
-        q, k, v = self.qkv_proj(local).split((D // 2, D // 2, D), dim=-1)
-        g_fwd, g_rev = self.log_gates(local).chunk(2, dim=-1)
-        q, k, v, g_fwd, g_rev = (self.split_heads(t).transpose(1, 2) for t in (q, k, v, g_fwd, g_rev))
+        q, k, v, g_fwd, g_rev = self.project(local)  # [B, H, T, K or V]
         o = bidirectional_gla(q, k, v, g_fwd, g_rev, backend=self.backend).transpose(1, 2)  # [B, T, H, V]
         # 3. The gate decides, channel by channel, how much of each is taken.
         gate = self.split_heads(torch.sigmoid(self.gate_proj(local)))  # [B, T, H, V]
         y = (gate * self.norm_o(o) + (1 - gate) * self.norm_local(self.split_heads(local))).flatten(2)  # [B, T, D]
-        return self.out_proj(F.silu(y) if self.silu else y).unflatten(1, (height, width))
+        return self.out_proj(F.silu(y) if self.silu else y).unflatten(1, x.shape[1:3])
+
+    def local(self, x: Tensor) -> Tensor:
+        """The local branch: `[B, h, w, D]` to `[B, T, D]`."""
+        local = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, h, w, D]
+        return (F.silu(local) if self.silu else local).flatten(1, 2)
+
+    def project(self, local: Tensor) -> tuple[Tensor, ...]:
+        """The operator's inputs q, k, v, g_fwd, g_rev, `[B, H, T, K or V]`: views of two projections of `local`."""
+        D = self.dim
+        q, k, v = self.qkv_proj(local).split((D // 2, D // 2, D), dim=-1)
+        g_fwd, g_rev = self.log_gates(local).chunk(2, dim=-1)
+        return tuple(self.split_heads(t).transpose(1, 2) for t in (q, k, v, g_fwd, g_rev))
 
     def log_gates(self, local: Tensor) -> Tensor:
         """Log forget gates of both directions, `[B, T, 2 H K]`, in float32 at least: their sums over tokens need it."""
@@ -179,22 +239,44 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Mixes tokens, then channels, each as a residual branch behind an RMSNorm. Figure 2. `[B, h, w, D]`."""
+    """Mixes tokens, then channels, each as a residual branch behind a norm. Figure 2. `[B, h, w, D]`.
 
-    def __init__(self, config: ViGConfig, drop_path: float, backend: str):
+    Args:
+        dim, num_heads, silu: see `Mixer`.
+        drop_path: probability of skipping a branch in training.
+        backend: the layer that computes the operator.
+        norm: makes a norm over channels from `dim`; RMSNorm in a plain ViG, LayerNorm in a hierarchical one.
+        multiple_of: see `SwiGLU`; 256 in a plain ViG, 32 in a hierarchical one.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, *, drop_path: float, backend: str, silu: bool = False,
+        norm: Callable[[int], nn.Module] = RMSNorm, multiple_of: int = 256,
+    ):
         super().__init__()
-        self.norm1 = RMSNorm(config.dim, eps=1e-6)
-        self.mixer = Mixer(config.dim, config.num_heads, silu=config.silu, backend=backend)
-        self.norm2 = RMSNorm(config.dim, eps=1e-6)
-        self.mlp = SwiGLU(config.dim)
+        self.norm1 = norm(dim)
+        self.mixer = Mixer(dim, num_heads, silu=silu, backend=backend)
+        self.norm2 = norm(dim)
+        self.mlp = SwiGLU(dim, multiple_of)
         self.drop_path = DropPath(drop_path)
+        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.branches, x, use_reentrant=False)
+        return self.branches(x)
+
+    def branches(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.mixer(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class ViG(nn.Module):
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """From 0 in the first block to `last` in the last one."""
+    return torch.linspace(0, last, depth, device="cpu").tolist()
+
+
+class ViG(Backbone):
     """The plain ViG: tokens of one width through `depth` equal blocks.
 
         x      = patch_embed(images) + pos_embed
@@ -207,7 +289,7 @@ class ViG(nn.Module):
     the global branch starts switched off: in ViG-T, norm_o sees a mean square of 5e-17, against an eps of 1e-6.
 
     Args:
-        config: sizes; None means `PRESETS["vig_tiny"]`.
+        config: sizes; None means those of ViG-T.
         backend: one of `vig_ref.BACKENDS`, the layer that computes the operator. It is no part of the state dict, and
             `model.backend = "naive"` changes it on a living model.
         num_classes: width of the head; 0 for none, and the model returns pooled features.
@@ -229,53 +311,43 @@ class ViG(nn.Module):
         torch.Size([2, 10])
     """
 
+    patch_embed: nn.Module
+    blocks: nn.Sequential
+
     def __init__(
         self, config: ViGConfig | None = None, *, backend: str = "auto", num_classes: int = 1000,
         img_size: int | tuple[int, int] = 224, in_chans: int = 3,
     ):
-        super().__init__()
-        self.config = config = PRESETS["vig_tiny"] if config is None else config
-        self.num_classes, self.in_chans = num_classes, in_chans
+        config = VIG_TINY if config is None else config
+        super().__init__(
+            config, num_features=config.dim, num_classes=num_classes, img_size=img_size, in_chans=in_chans
+        )
         self.grid = self.grid_of(*(img_size if isinstance(img_size, tuple) else (img_size, img_size)))
-        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.patch_embed = PatchEmbed(config.dim, config.patch_size, in_chans)
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], config.dim))
-        self.blocks = nn.Sequential(*(Block(config, rate, backend) for rate in rates))
-        self.norm = RMSNorm(config.dim, eps=1e-6)
-        self.head = nn.Linear(config.dim, num_classes) if num_classes else nn.Identity()
-        if isinstance(self.head, nn.Linear):
-            nn.init.normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+        self.blocks = nn.Sequential(*(
+            Block(config.dim, config.num_heads, drop_path=rate, backend=backend, silu=config.silu)
+            for rate in drop_path_rates(config.drop_path, config.depth)
+        ))
+        self.norm = RMSNorm(config.dim)
+        self.head = new_head(config.dim, num_classes)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.backend = backend
 
     @property
-    def backend(self) -> str:
-        """The layer that computes the operator, one of `vig_ref.BACKENDS`; assign to change it."""
-        return self._backend
+    def levels(self) -> list[nn.Module]:
+        return list(self.blocks)
 
-    @backend.setter
-    def backend(self, backend: str):
-        resolve_backend(backend, "cpu")  # refuses an unknown name
-        self._backend = backend
-        for module in self.modules():
-            if isinstance(module, Mixer):
-                module.backend = backend
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        D, p = self.config.dim, self.config.patch_size
+        return [{"num_chs": D, "reduction": p, "module": f"blocks.{n}"} for n in range(len(self.blocks))]
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
+    def embed(self, images: Tensor) -> Tensor:
+        return self.patch_embed(images) + self.resized_pos_embed(self.grid_of(*images.shape[2:]))
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Images to the tokens after the final norm, `[B, T, D]`."""
-        if images.dim() != 4 or images.shape[1] != self.in_chans:
-            raise ValueError(f"images: expected [B, {self.in_chans}, height, width], got {list(images.shape)}")
-        grid = self.grid_of(images.shape[2], images.shape[3])
-        x = self.patch_embed(images) + self.resized_pos_embed(grid)  # [B, h, w, D]
-        return self.norm(self.blocks(x)).flatten(1, 2)
-
-    def forward_head(self, x: Tensor) -> Tensor:
-        """Tokens `[B, T, D]` to logits `[B, num_classes]`, or to their mean `[B, D]` if `num_classes` is 0."""
-        return self.head(x.mean(dim=1))
+    def keep_levels(self, n: int) -> None:
+        self.blocks = nn.Sequential(*self.levels[:n])
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens in an image of `height` x `width` pixels."""
@@ -296,14 +368,118 @@ class ViG(nn.Module):
         return x.permute(0, 2, 3, 1).to(pos_embed.dtype)
 
 
+class Stage(nn.Module):
+    """Some blocks of one width, behind a convolution that halves the grid of the stage before (ViG-H)."""
+
+    def __init__(self, downsample: nn.Module, blocks: list[Block]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.downsample(x))
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution with stride 2 and padding 1, then a LayerNorm.
+
+    `[B, h, w, dim]` to `[B, ceil(h / 2), ceil(w / 2), out_dim]`.
+    """
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, 3, 2, padding=1)
+        self.norm = nn.LayerNorm(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class HierarchicalViG(Backbone):
+    """The paper's ViG-H: the same blocks in stages, each with wider tokens on a grid of half the size.
+
+        x      = patch_embed(images)                                   a token every 4 pixels
+        x      = downsample(x)                                         before every stage but the first
+        x      = x + mixer(norm1(x));   x = x + mlp(norm2(x))          in every block
+        logits = head(mean over tokens of norm(x))
+
+    Against `ViG`: LayerNorm instead of RMSNorm around the blocks, no SiLUs in the mixer, GELU in the stem, MLPs rounded
+    up to 32 channels instead of 256, no position embedding.
+
+    **Any image size.** Every strided convolution pads one ring of zeros, so that a side of n becomes ceil(n / 2), and
+    stage s (from 0) has ceil(n / 2^(s+2)) tokens along it. The image itself is neither padded nor cut. One of 230
+    pixels has 58, 29, 15 and 8 tokens a side: the grids of 232 pixels, but not the values that 2 rows of zeros would
+    give, since norms and biases turn such rows into tokens of their own.
+
+    **Initialisation** is the released one: as in `ViG`, but truncated normal(0, 0.02) in every linear layer, so that
+    only the depthwise convolutions keep their small Xavier weights.
+
+    Args:
+        config: sizes, a stage an entry.
+        backend, num_classes, in_chans: see `ViG`.
+        img_size: what `model.img_size` answers; nothing is laid out for a size.
+
+    Returns and raises: see `ViG`.
+
+    Source: ViG, section 4.3 and Table 4; the released `classification/models/vig_h.py`.
+
+    Example:
+        >>> model = create_model("vig_h_tiny", num_classes=10)
+        >>> model(torch.randn(2, 3, 100, 75)).shape
+        torch.Size([2, 10])
+    """
+
+    stages: nn.Sequential
+
+    def __init__(
+        self, config: HierarchicalConfig, *, backend: str = "auto", num_classes: int = 1000,
+        img_size: int | tuple[int, int] = 224, in_chans: int = 3,
+    ):
+        dims, depths = config.dims, config.depths
+        super().__init__(config, num_features=dims[-1], num_classes=num_classes, img_size=img_size, in_chans=in_chans)
+        self.patch_embed = PatchEmbed(dims[0], 4, in_chans, activation=F.gelu)
+        rates = iter(drop_path_rates(config.drop_path, sum(depths)))
+        stages = []
+        for n, (dim, num_heads, depth) in enumerate(zip(dims, config.num_heads, depths, strict=True)):
+            blocks = [
+                Block(dim, num_heads, drop_path=next(rates), backend=backend, norm=nn.LayerNorm, multiple_of=32)
+                for _ in range(depth)
+            ]
+            stages.append(Stage(Downsample(dims[n - 1], dim) if n else nn.Identity(), blocks))
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.LayerNorm(dims[-1])
+        self.head = new_head(dims[-1], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+        self.backend = backend
+
+    @property
+    def levels(self) -> list[nn.Module]:
+        return list(self.stages)
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        widths = self.config.dims[: len(self.stages)]
+        return [{"num_chs": D, "reduction": 4 * 2**n, "module": f"stages.{n}"} for n, D in enumerate(widths)]
+
+    def embed(self, images: Tensor) -> Tensor:
+        if min(images.shape[2:]) < 1:
+            raise ValueError(f"image size: expected at least one pixel, got {images.shape[2]}x{images.shape[3]}")
+        return self.patch_embed(images)
+
+    def keep_levels(self, n: int) -> None:
+        self.stages = nn.Sequential(*self.levels[:n])
+
+
 def create_model(
     name: str, *, backend: str = "auto", num_classes: int = 1000, img_size: int | tuple[int, int] = 224,
     in_chans: int = 3, drop_path: float | None = None,
-) -> ViG:
-    """A new ViG by name, one of `PRESETS`; the other arguments are those of `ViG`. `drop_path` None is the preset's.
+) -> ViG | HierarchicalViG:
+    """A new model by name, one of `PRESETS`; the other arguments are those of `ViG`. `drop_path` None is the preset's.
 
     Raises:
-        ValueError: an unknown name, or what `ViG` refuses.
+        ValueError: an unknown name, or what the model refuses.
 
     Example:
         >>> create_model("vig_small", num_classes=10).config.dim
@@ -312,4 +488,9 @@ def create_model(
     if name not in PRESETS:
         raise ValueError(f"unknown model {name!r}; choose one of {tuple(PRESETS)}")
     config = PRESETS[name] if drop_path is None else replace(PRESETS[name], drop_path=drop_path)
-    return ViG(config, backend=backend, num_classes=num_classes, img_size=img_size, in_chans=in_chans)
+    return build(config, backend=backend, num_classes=num_classes, img_size=img_size, in_chans=in_chans)
+
+
+def build(config: ViGConfig | HierarchicalConfig, **options: Any) -> ViG | HierarchicalViG:
+    """The family that a configuration belongs to, with the options of `ViG`."""
+    return ViG(config, **options) if isinstance(config, ViGConfig) else HierarchicalViG(config, **options)

@@ -50,7 +50,7 @@ def bidirectional_gla(
     """
     scale = _check(q, k, v, {"g_fwd": g_fwd, "g_rev": g_rev}, scale)
     layer = load_backend(backend, q.device)
-    with torch.autocast(q.device.type, enabled=False):  # the precision is that of the tensors given, in every layer
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):  # the precision is that of the tensors given, in every layer
         return layer.bidirectional_gla(q, k, v, g_fwd, g_rev, scale=scale)
 
 
@@ -73,7 +73,7 @@ def gla(
     """
     scale = _check(q, k, v, {"g": g}, scale)
     layer = load_backend(backend, q.device)
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
         return layer.gla(q, k, v, g, reverse=reverse, scale=scale)
 
 
@@ -97,10 +97,13 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
 def load_backend(backend: str, device: torch.device):
     """Import a layer when it is used, so that `import vig_ref` needs neither Triton nor a GPU.
 
+    On the meta device, where there are shapes and no numbers, every layer is `vig_ref.shapes`.
     Spelled out, because torch.compile follows import statements and nothing cleverer.
     """
     backend = resolve_backend(backend, device)
-    if backend == "naive":
+    if device.type == "meta":
+        from vig_ref import shapes as layer
+    elif backend == "naive":
         from vig_ref import naive as layer
     elif backend == "chunked":
         from vig_ref import chunked as layer

@@ -2,7 +2,7 @@
 
 A result X is compared with X64, the naive recurrence in float64 *on the very values that the layer read*:
 
-    |X - X64|  <=  4 (u_dot + u_sum (1 + L)) G  +  u_out |X64|  +  eta                             (elementwise)
+    |X - X64|  <=  4 (u_dot + u_sum (1 + L + N)) G  +  u_out |X64|  +  eta                         (elementwise)
 
     G      the gauge: the same computation on |q|, |k|, |v|, |do| with the gates unchanged. It is the sum of the
            magnitudes of the terms, hence what rounding errors are proportional to, however much the terms cancel.
@@ -10,6 +10,7 @@ A result X is compared with X64, the naive recurrence in float64 *on the very va
     u_sum  unit roundoff of the accumulator: 2^-24, or 2^-53 in float64.
     L      the largest |log decay| inside a chunk. The exponential turns an absolute error of u_sum L in its argument into
            a relative one. Resets are left out (exp(-inf) is exact), and L stops where exp() underflows to 0.
+    N      chunks in the sequence: a state is rounded once at every chunk's edge, and equal tokens make equal roundings, which add.
     u_out  unit roundoff of the stored result; eta, its smallest useful magnitude.
 
 The gradient of a gate is a difference of sums over a chunk, so its gauge is the sum of what is subtracted:
@@ -89,7 +90,7 @@ def bounds(
 
     Args:
         exact: what `reference` returned.
-        chunk: the chunk length of the layer under test; T for the naive layer, whose one running sum spans the sequence.
+        chunk: the chunk length of the layer under test; 1 for the naive layer.
         dot: the arithmetic of its matrix products, a key of `DOT_UNIT`.
     """
     u_sum = UNIT[torch.promote_types(x.q.dtype, torch.float32)]
@@ -104,7 +105,8 @@ def bounds(
             gauge[name] += part
         gauge[dg] = _gate_gauge(q * dq + k * dk, G, chunk, reverse)
     L = max(_largest_decay(g, chunk, u_sum) for g in (g_fwd, g_rev))
-    unit = u_dot + u_sum * (1 + L)
+    N = -(-q.shape[2] // chunk)
+    unit = u_dot + u_sum * (1 + L + N)
     dtypes = dict(zip(NAMES, (x.v.dtype, *(t.dtype for t in x[:5])), strict=True))
     return {
         name: 4 * unit * gauge[name] + UNIT[dtypes[name]] * exact[name].abs() + ETA[dtypes[name]]

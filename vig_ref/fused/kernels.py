@@ -124,9 +124,15 @@ def _halves(half: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _carry(S, total, x, y, ACC: tl.constexpr, DOT: tl.constexpr):
+def _carry(S, g, x, y, ACC: tl.constexpr, DOT: tl.constexpr):
     """A state across a chunk: exp(total) * S + x^T y."""
-    return tl.exp2(total)[:, None] * S + _dot(tl.trans(x), y, ACC, DOT)
+    return tl.exp2(tl.sum(g, 0))[:, None] * S + _dot(tl.trans(x), y, ACC, DOT)
+
+
+@triton.jit
+def _next_state(S, k, v, g, REVERSE: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr):
+    """S_out = exp(total) * S + (k exp(total - b))^T v, where total - b sums the gates not yet met at token j."""
+    return _carry(S, g, k * tl.exp2(_sums(~_met(C, REVERSE), g, ACC)), v, ACC, DOT)
 
 
 @triton.jit
@@ -202,16 +208,13 @@ def forward_kernel(
         g_fwd = _sequence(g_fwd, i_b, i_h, 0)
     if REV:
         g_rev = _sequence(g_rev, i_b, i_h, 0)
-    if REV:
         S_rev = tl.zeros((BK, BV), ACC)
-        for i in range(N):
-            n = N - 1 - i
+        for n in range(N - 1, -1, -1):
             tl.store(_edge(p_S_rev, i_state + n, BK, BV), S_rev)
             b_k = _load(k, n * C, T, K, C, BK, ACC)
             b_v = _load(v, n * C, T, V, C, BV, ACC)
             b_g = _load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
-            to_edge = tl.exp2(_sums(~_met(C, True), b_g, ACC))
-            S_rev = _carry(S_rev, tl.sum(b_g, 0), b_k * to_edge, b_v, ACC, DOT)
+            S_rev = _next_state(S_rev, b_k, b_v, b_g, True, C, ACC, DOT)
         tl.debug_barrier()  # what some threads of the program wrote, others read below
     S_fwd = tl.zeros((BK, BV), ACC)
     for n in range(N):
@@ -229,8 +232,7 @@ def forward_kernel(
             b_g = _load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
             b_o += _dot(b_q * tl.exp2(_sums(_met(C, False), b_g, ACC)), S_fwd, ACC, DOT)
             A += _scores(b_q, b_k, b_g, False, C, LEVELS, ACC, DOT)
-            to_edge = tl.exp2(_sums(~_met(C, False), b_g, ACC))
-            S_fwd = _carry(S_fwd, tl.sum(b_g, 0), b_k * to_edge, b_v, ACC, DOT)
+            S_fwd = _next_state(S_fwd, b_k, b_v, b_g, False, C, ACC, DOT)
         b_o += _dot(A, b_v, ACC, DOT)
         _store(o, b_o * scale, n * C, T, V, C, BV)
 
@@ -258,22 +260,19 @@ def backward_kernel(
         g_rev, dg_rev = _sequence(g_rev, i_b, i_h, 0), _sequence(dg_rev, i_part, i_h, 0)
     S_rev = tl.zeros((BK, BV), ACC)
     dS_fwd = tl.zeros((BK, BV), ACC)
-    for i in range(N):
-        n = N - 1 - i
+    for n in range(N - 1, -1, -1):
         if REV:
             tl.store(_edge(p_S_rev, i_state + n, BK, BV), S_rev)
             b_k = _load(k, n * C, T, K, C, BK, ACC)
             b_v = _load(v, n * C, T, V, C, BV, ACC)
             b_g = _load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
-            to_edge = tl.exp2(_sums(~_met(C, True), b_g, ACC))
-            S_rev = _carry(S_rev, tl.sum(b_g, 0), b_k * to_edge, b_v, ACC, DOT)
+            S_rev = _next_state(S_rev, b_k, b_v, b_g, True, C, ACC, DOT)
         if FWD:
             tl.store(_edge(p_dS_fwd, i_state + n, BK, BV), dS_fwd)
             b_q = _load(q, n * C, T, K, C, BK, ACC)
             b_do = _load(do, n * C, T, V, C, BV, ACC) * scale
             b_g = _load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
-            from_edge = tl.exp2(_sums(_met(C, False), b_g, ACC))
-            dS_fwd = _carry(dS_fwd, tl.sum(b_g, 0), b_q * from_edge, b_do, ACC, DOT)
+            dS_fwd = _carry(dS_fwd, b_g, b_q * tl.exp2(_sums(_met(C, False), b_g, ACC)), b_do, ACC, DOT)
     tl.debug_barrier()  # what some threads of the program wrote, others read below
     S_fwd = tl.zeros((BK, BV), ACC)
     dS_rev = tl.zeros((BK, BV), ACC)
@@ -298,7 +297,7 @@ def backward_kernel(
             b_dv += part_dv
             A += part_A
             _store(dg_rev, b_dg, n * C, T, K, C, BK)
-            dS_rev = _carry(dS_rev, tl.sum(b_g, 0), from_edge, b_do, ACC, DOT)
+            dS_rev = _carry(dS_rev, b_g, from_edge, b_do, ACC, DOT)
         if FWD:
             b_g = _load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
             dS_fwd = tl.load(_edge(p_dS_fwd, i_state + n, BK, BV))
@@ -309,7 +308,7 @@ def backward_kernel(
             b_dv += part_dv
             A += part_A
             _store(dg_fwd, b_dg, n * C, T, K, C, BK)
-            S_fwd = _carry(S_fwd, tl.sum(b_g, 0), to_edge, b_v, ACC, DOT)
+            S_fwd = _carry(S_fwd, b_g, to_edge, b_v, ACC, DOT)
         b_dv += _dot(tl.trans(A), b_do, ACC, DOT)
         _store(dq, b_dq, n * C, T, K, C, BK)
         _store(dk, b_dk, n * C, T, K, C, BK)

@@ -58,8 +58,6 @@ def _checked(
         )
     if not INTERPRETED and q.dtype == torch.float64:
         raise ValueError(f"backend 'fused' takes float32, float16 and bfloat16, got float64; {instead}")
-    if not INTERPRETED and torch.cuda.get_device_capability(q.device) < (8, 0):
-        raise ValueError(f"backend 'fused' needs a GPU of compute capability 8.0 or newer; {instead}")
     if q.shape[3] > MAX_K:
         raise ValueError(f"backend 'fused' takes K up to {MAX_K}, got {q.shape[3]}; {instead}")
     return _forward(q, k, v, g_fwd, g_rev, scale, precision)
@@ -167,6 +165,8 @@ def _grid(v: Tensor, options: dict) -> tuple[int, int]:
 
 def _options(q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, precision: str) -> dict:
     """The compile-time constants of a launch."""
+    if not INTERPRETED and torch.cuda.get_device_capability(q.device) < (8, 0):
+        raise ValueError("backend 'fused' needs a GPU of compute capability 8.0 or newer; choose 'chunked' or 'naive'")
     dot = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(q.dtype, precision)
     if INTERPRETED:
         dot = "ieee"  # the interpreter multiplies the bit patterns of bfloat16

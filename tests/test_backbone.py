@@ -1,0 +1,161 @@
+"""A model as a part of other programs: maps, heads, memory, export."""
+
+import dataclasses
+
+import pytest
+import test_hierarchical
+import test_model
+import torch
+from torch import nn
+
+from vig_ref.model import create_model
+
+FAMILIES = {"plain": test_model.tiny, "hierarchical": test_hierarchical.tiny}
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return FAMILIES[request.param]()
+
+
+def images(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_maps_are_what_the_levels_give(model):
+    seen = []
+    for level in model.levels:
+        level.register_forward_hook(lambda _, x, y: seen.append(y))
+    x = images(2, 3, 16, 24)
+    features, maps = model.forward_intermediates(x)
+    assert len(maps) == len(model.levels) == 2
+    for m, y, info in zip(maps, seen, model.feature_info, strict=True):
+        torch.testing.assert_close(m, y.permute(0, 3, 1, 2), rtol=0, atol=0)
+        assert m.shape == (2, info["num_chs"], 16 // info["reduction"], 24 // info["reduction"])
+        assert model.get_submodule(info["module"]) in model.levels
+    torch.testing.assert_close(features, model.forward_features(x), rtol=0, atol=0)
+
+
+def test_which_maps(model):
+    x = images(1, 3, 16, 16)
+    first, last = model.forward_intermediates(x, intermediates_only=True)
+    for indices, expected in [([1, 0], [last, first]), ([-1], [last]), (1, [last]), (-2, [first]), (2, [first, last])]:
+        maps = model.forward_intermediates(x, indices=indices, intermediates_only=True)
+        assert all(torch.equal(m, e) for m, e in zip(maps, expected, strict=True)), indices
+
+
+def test_map_formats_and_norm(model):
+    x = images(1, 3, 16, 24)
+    tokens = model.forward_intermediates(x, [-1], norm=True, output_fmt="NLC", intermediates_only=True)[0]
+    torch.testing.assert_close(tokens, model.forward_features(x), rtol=0, atol=0)
+
+
+def test_stopping_early_computes_less(model):
+    model.levels[1].register_forward_hook(lambda *_: pytest.fail("the second level ran"))
+    tokens, maps = model.forward_intermediates(images(1, 3, 16, 16), [0], stop_early=True)
+    torch.testing.assert_close(tokens, maps[0].flatten(2).mT, rtol=0, atol=0)
+
+
+def test_pruning_keeps_the_maps(model):
+    x = images(1, 3, 16, 16)
+    expected = model.forward_intermediates(x, [-2], intermediates_only=True)
+    taken = model.prune_intermediate_layers([-2], prune_norm=True)
+    assert taken == [0]
+    assert len(model.levels) == len(model.feature_info) == 1
+    assert isinstance(model.norm, nn.Identity)
+    assert isinstance(model.head, nn.Identity)
+    maps = model.forward_intermediates(x, taken, intermediates_only=True)
+    torch.testing.assert_close(maps[0], expected[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("indices", [[2], [-3], 3, []])
+def test_levels_that_are_not_there(model, indices):
+    with pytest.raises(ValueError, match="indices: expected levels from -2 to 1, got "):
+        model.forward_intermediates(images(1, 3, 16, 16), indices)
+
+
+def test_unknown_format(model):
+    with pytest.raises(ValueError, match="output_fmt: expected 'NCHW' or 'NLC', got 'NHWC'"):
+        model.forward_intermediates(images(1, 3, 16, 16), output_fmt="NHWC")
+
+
+def test_another_head(model):
+    x = images(2, 3, 16, 16)
+    tokens = model.forward_features(x)
+    model.reset_classifier(7)
+    assert model.get_classifier() is model.head
+    assert model(x).shape == (2, 7) == (2, model.num_classes)
+    assert model.head.weight.dtype == torch.float64
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), tokens.mean(1), rtol=0, atol=0)
+    model.reset_classifier(0, global_pool="")
+    torch.testing.assert_close(model(x), tokens, rtol=0, atol=0)
+    model.reset_classifier(5)
+    assert model(x).shape == (2, 5)
+    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), tokens.mean(1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("arguments", [(5, ""), (0, "max")])
+def test_poolings_that_are_not_there(model, arguments):
+    with pytest.raises(ValueError, match="global_pool: expected 'avg', or '' with num_classes=0, got "):
+        model.reset_classifier(*arguments)
+
+
+def test_no_weight_decay():
+    assert test_model.tiny().no_weight_decay() == {"pos_embed"}
+    assert test_hierarchical.tiny().no_weight_decay() == set()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_gives_the_same_gradients_from_less_memory(family):
+    """Drop path is on: the second computation must drop what the first one dropped."""
+    module = {"plain": test_model, "hierarchical": test_hierarchical}[family]
+    model, x = module.tiny(dataclasses.replace(module.TINY, drop_path=0.5)), images(4, 3, 16, 16)
+
+    def run():
+        saved = []
+        torch.manual_seed(0)
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            loss = model(x).square().sum()
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters()], sum(saved)
+
+    gradients, numbers = run()
+    model.set_grad_checkpointing()
+    again, fewer = run()
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+    assert fewer < numbers / 3
+    model.set_grad_checkpointing(False)
+    assert run()[1] == numbers
+
+
+def test_export_round_trip(model, tmp_path):
+    """torch.export of the whole model, in the chunked layer, saved, loaded and run."""
+    model, x = model.eval(), images(2, 3, 16, 24)
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's exporter warns of itself
+def test_onnx_round_trip(model, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+    pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
+    model, x = model.float().eval(), images(2, 3, 16, 24).float()
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vig_tiny", "vig_h_tiny"])
+def test_the_group_matcher_knows_every_parameter_outside_the_head(name):
+    import re
+
+    with torch.device("meta"):
+        model = create_model(name)
+    groups = model.group_matcher()
+    patterns = [groups["stem"], *(pattern for pattern, _ in groups["blocks"])]
+    unmatched = [n for n, _ in model.named_parameters() if not any(re.match(p, n) for p in patterns)]
+    assert unmatched == ["head.weight", "head.bias"]

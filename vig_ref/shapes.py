@@ -1,0 +1,42 @@
+"""The operator on the meta device: one operation that knows its result's shape, and no arithmetic.
+
+Whatever the backend, a model of meta tensors runs through this, so that its cost can be counted (vig_ref/flops.py) and
+its shapes tried at sizes that no memory holds.
+"""
+
+import torch
+from torch import Tensor
+
+
+def bidirectional_gla(q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor, g_rev: Tensor, *, scale: float) -> Tensor:
+    """See `vig_ref.bidirectional_gla`."""
+    return _forward(q, k, v, [g_fwd, g_rev])
+
+
+def gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, reverse: bool, scale: float) -> Tensor:
+    """See `vig_ref.gla`."""
+    return _forward(q, k, v, [g])
+
+
+@torch.library.custom_op("vig_ref::gla_shape", mutates_args=(), device_types="meta")
+def _forward(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor]) -> Tensor:
+    return torch.empty_like(v)
+
+
+@torch.library.custom_op("vig_ref::gla_shape_backward", mutates_args=(), device_types="meta")
+def _backward(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(x) for x in (q, k, v, *gates)]
+
+
+def _save(ctx, inputs, output):
+    q, k, v, gates = inputs
+    ctx.save_for_backward(q, k, v, *gates)
+
+
+def _differentiate(ctx, do):
+    q, k, v, *gates = ctx.saved_tensors
+    dq, dk, dv, *dg = _backward(q, k, v, gates)
+    return dq, dk, dv, dg
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
