@@ -49,7 +49,9 @@ def expanded(x: Tensor) -> Tensor:
 
 LAYOUTS = {
     layout.__name__: layout
-    for layout in (torch.Tensor.contiguous, heads_last, one_of_three, every_second, features_first, offset_by_one, expanded)
+    for layout in (
+        torch.Tensor.contiguous, heads_last, one_of_three, every_second, features_first, offset_by_one, expanded,
+    )
 }
 
 
@@ -66,7 +68,7 @@ class Arithmetic(NamedTuple):
 
 FLOAT64 = Arithmetic(torch.float64, "ieee", {})
 FLOAT32 = Arithmetic(torch.float32, "ieee", {})
-#: Where the fused layer runs here, and in which arithmetic: a kernel is interpreted without a GPU and compiled with one.
+#: Where the fused layer runs here, and in which arithmetic: interpreted without a GPU, compiled with one.
 FUSED_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FUSED_ARITHMETIC = (
     [FLOAT32, FLOAT64]

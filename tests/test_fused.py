@@ -1,14 +1,14 @@
 """What only the Triton layer promises: its registration, its refusals, its memory discipline, its compilation."""
 
-import re
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from cases import FUSED_ARITHMETIC, FUSED_DEVICE
 
+from cases import FUSED_ARITHMETIC, FUSED_DEVICE
 from vig_ref import bidirectional_gla, fused, gla
 from vig_ref.fused import launch
 from vig_ref.tolerance import NAMES, draw, evaluate
@@ -123,4 +123,5 @@ def test_cpu_tensors_are_refused_without_the_interpreter():
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Python in a process of its own, where Triton compiles instead of interpreting."""
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=False)

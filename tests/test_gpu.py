@@ -1,4 +1,4 @@
-"""The model and its training on a GPU, where the fused layer is compiled. The operator's own tests run there as they are."""
+"""The model and its training on a GPU, where the fused layer is compiled. The operator's tests run there unchanged."""
 
 import pytest
 import torch
@@ -51,6 +51,7 @@ def test_autocast_forward_inside_backward_outside(dtype):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own compiler
 def test_compiled_model_is_one_graph_at_any_size():
     model, images = model_and_images()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)

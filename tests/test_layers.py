@@ -5,13 +5,12 @@ import inspect
 
 import pytest
 import torch
-from cases import CHUNK, FLOAT32, FLOAT64, LAYERS, VARIANTS, Case, Inputs, cases, device_of
 from hypothesis import example, given, target
 from hypothesis import strategies as st
 
+from cases import CHUNK, FLOAT32, FLOAT64, LAYERS, VARIANTS, Case, Inputs, cases, device_of
 from vig_ref import bidirectional_gla, chunked, gla, naive
 from vig_ref.tolerance import NAMES, REGIMES, RMS_LIMIT, bounds, draw, evaluate, reference, rms_ratios, worst_ratios
-
 
 #: Every regime at one token and at a ragged length, with K and V off any tile, and each layout once.
 HARD = [Case(regime=regime, T=T, K=17, V=3, H=1) for regime in sorted(REGIMES) for T in (1, 49)] + [
@@ -20,7 +19,7 @@ HARD = [Case(regime=regime, T=T, K=17, V=3, H=1) for regime in sorted(REGIMES) f
         ("heads_last", "expanded"), ("one_of_three", "heads_last"), ("every_second", "every_second"),
         ("features_first", "offset_by_one"), ("offset_by_one", "features_first"), ("expanded", "contiguous"),
     ]
-]  # fmt: skip
+] + [Case(B=2, H=2, T=18, K=3, V=70, scale=-0.5)]  # fmt: skip
 
 
 def check(function, x: Inputs, *, scale: float, chunk: int, dot: str = "ieee", **options):
@@ -120,7 +119,8 @@ def test_first_gate_of_each_scan_has_no_gradient(layer):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_token_sees_itself_with_weight_one(layer):
     """The two halves of the mean meet on the diagonal: a single token gives scale (q . k) v, not half of it."""
-    x = Inputs(*(torch.full((1, 1, 1, 4), value, device=device_of(layer)) for value in (1.0, 2.0, 3.0, -1.0, -1.0, 0.0)))
+    values = (1.0, 2.0, 3.0, -1.0, -1.0, 0.0)
+    x = Inputs(*(torch.full((1, 1, 1, 4), value, device=device_of(layer)) for value in values))
     o = bidirectional_gla(*x[:5], scale=0.5, backend=layer)
     assert (o == 0.5 * (4 * 1.0 * 2.0) * 3.0).all()
 

@@ -5,7 +5,16 @@ import torch
 
 from vig_ref import naive
 from vig_ref.tolerance import (
-    DOT_UNIT, NAMES, REGIMES, RMS_LIMIT, bounds, draw, evaluate, reference, rms_ratios, worst_ratios,
+    DOT_UNIT,
+    NAMES,
+    REGIMES,
+    RMS_LIMIT,
+    bounds,
+    draw,
+    evaluate,
+    reference,
+    rms_ratios,
+    worst_ratios,
 )  # fmt: skip
 
 SHAPE = (1, 2, 40, 6, 5)

@@ -6,10 +6,7 @@ Everything is seeded: the same machine and versions give the same result.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import platform
 import sys
 import time
 from pathlib import Path
@@ -22,11 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from vig_ref import agreement, tolerance
-from vig_ref.model import Mixer, ViG, ViGConfig
+from vig_ref.machine import circumstances, prepare
+from vig_ref.model import Mixer, ViG, ViGConfig, wake
 from vig_ref.ops import resolve_backend
 
 SEED = 0
@@ -77,17 +75,12 @@ def jitter(x: Tensor, r: torch.Generator) -> Tensor:
 
 
 def build(backend: str) -> ViG:
-    """A small ViG whose global branch is awake.
+    """A small ViG whose global branch is awake: from the released initialisation it learns to do without it.
 
-    The released initialisation switches it off: its small weights in `dwconv` and `qkv_proj` make q, k and v so small
-    that o, of third order in them, vanishes beside the eps of the norm behind it. Trained from there, this model learns
-    to read with its local branch: it loses only 1 % of accuracy when o is set to 0. From the usual initialisation of
-    these two it learns to use both; `Learner.accuracy_without_global_branch` measures it.
+    `vig-ref init` measures both, docs/results/initialisation.md holds the figures.
     """
     model = ViG(CONFIG, backend=backend, num_classes=10, img_size=8, in_chans=1)
-    for mixer in mixers(model):
-        mixer.dwconv.reset_parameters()
-        nn.init.xavier_uniform_(mixer.qkv_proj.weight)
+    wake(model)
     return model
 
 
@@ -274,7 +267,9 @@ def run(options: argparse.Namespace) -> int:
     """The whole demo; 1 if a layer disagrees or too few digits are read, else 0."""
     start = time.perf_counter()
     device, out = options.device, options.out
-    prepare(device)
+    prepare("vig-ref demo", device)
+    if device == "cuda" and agreement.fused_mode(device) == agreement.INTERPRETER:
+        raise SystemExit("vig-ref demo: --device cuda compiles the kernels; unset TRITON_INTERPRET")
     agreed = agreement.compare_all(device)
     print(agreement.table(agreed), end="\n\n", flush=True)
 
@@ -289,28 +284,15 @@ def run(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     draw_curve(history, out / "training.png")
     draw_answers(data, learner.answers(), out / "digits.png")
+    command = f"vig-ref demo --device {device} --out {out} --epochs {options.epochs}"
     summary = {
         "test_accuracy": learner.accuracy(), "seconds": round(time.perf_counter() - start, 1),
         "test_accuracy_without_global_branch": learner.accuracy_without_global_branch(),
         "agreement": agreed, "first_steps": first_steps, "history": history, "backend": backend,
-        "parameters": sum(p.numel() for p in learner.model.parameters()), **circumstances(options),
+        "parameters": sum(p.numel() for p in learner.model.parameters()), **circumstances(command, device, ("scikit-learn", "matplotlib")),
     }  # fmt: skip
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return report(summary, options)
-
-
-def prepare(device: str) -> None:
-    """Refuse a device that is not there; take one CPU thread.
-
-    Tensors this small are computed faster than threads can meet: a second one gains nothing, and with another program
-    on the machine it loses much. One thread also adds up in one order, whatever the number of cores.
-    """
-    if device == "cpu":
-        torch.set_num_threads(1)
-    elif not torch.cuda.is_available():
-        raise SystemExit("vig-ref demo: --device cuda needs an NVIDIA GPU and a CUDA build of torch; leave it out")
-    elif agreement.fused_mode(device) == agreement.INTERPRETER:
-        raise SystemExit("vig-ref demo: --device cuda compiles the kernels; unset TRITON_INTERPRET")
 
 
 def report(summary: dict[str, Any], options: argparse.Namespace) -> int:
@@ -329,21 +311,3 @@ def report(summary: dict[str, Any], options: argparse.Namespace) -> int:
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if failures else 0
-
-
-def circumstances(options: argparse.Namespace) -> dict[str, Any]:
-    """What somebody needs to repeat a run: machine, date, command and versions ('missing' if not installed)."""
-    versions = {"python": platform.python_version()}
-    for name in ("vig_ref", "torch", "triton", "numpy", "scikit-learn", "matplotlib"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "missing"
-    threads = torch.get_num_threads()
-    cpu = f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
-    return {
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else cpu,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": f"vig-ref demo --device {options.device} --out {options.out} --epochs {options.epochs}",
-        "versions": versions,
-    }

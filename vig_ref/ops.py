@@ -50,7 +50,8 @@ def bidirectional_gla(
     """
     scale = _check(q, k, v, {"g_fwd": g_fwd, "g_rev": g_rev}, scale)
     layer = load_backend(backend, q.device)
-    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):  # the precision is that of the tensors given, in every layer
+    # The precision is that of the tensors given, in every layer. (There is no autocast for the meta device.)
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
         return layer.bidirectional_gla(q, k, v, g_fwd, g_rev, scale=scale)
 
 
@@ -123,7 +124,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], scale: flo
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions [B, H, T, {'V' if x is v else 'K'}], got {list(x.shape)}")
         if x.device != q.device:
-            raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}; move it with .to(q.device)")
+            raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}; move one of them")
     for name, x in {"k": k, **gates}.items():
         if x.shape != q.shape:
             raise ValueError(f"{name}: expected the shape of q [B, H, T, K] = {list(q.shape)}, got {list(x.shape)}")

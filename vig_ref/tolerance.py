@@ -8,9 +8,10 @@ A result X is compared with X64, the naive recurrence in float64 *on the very va
            magnitudes of the terms, hence what rounding errors are proportional to, however much the terms cancel.
     u_dot  unit roundoff of the operands of matrix products: 0 for IEEE float32, 2^-11 tf32 and float16, 2^-8 bfloat16.
     u_sum  unit roundoff of the accumulator: 2^-24, or 2^-53 in float64.
-    L      the largest |log decay| inside a chunk. The exponential turns an absolute error of u_sum L in its argument into
-           a relative one. Resets are left out (exp(-inf) is exact), and L stops where exp() underflows to 0.
-    N      chunks in the sequence: a state is rounded once at every chunk's edge, and equal tokens make equal roundings, which add.
+    L      the largest |log decay| inside a chunk. The exponential turns an absolute error of u_sum L in its argument
+           into a relative one. Resets are left out (exp(-inf) is exact), and L stops where exp() underflows to 0.
+    N      chunks in the sequence: a state is rounded at every chunk's edge, and equal tokens make equal roundings,
+           which add up.
     u_out  unit roundoff of the stored result; eta, its smallest useful magnitude.
 
 The gradient of a gate is a difference of sums over a chunk, so its gauge is the sum of what is subtracted:
@@ -34,7 +35,9 @@ NAMES = ("o", "dq", "dk", "dv", "dg_fwd", "dg_rev")
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 ETA = {torch.float64: 0.0, torch.float32: 1e-37, torch.float16: 6e-8, torch.bfloat16: 1e-37}
 DOT_UNIT = {"ieee": 0.0, "tf32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-RMS_LIMIT = {"float64": 1e-13, "ieee": 2e-6, "ieee, strong gates": 2e-5, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 6e-3}
+RMS_LIMIT = {
+    "float64": 1e-13, "ieee": 2e-6, "ieee, strong gates": 2e-5, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 6e-3,
+}  # fmt: skip
 
 _INF = float("inf")
 #: Gate regimes, by name: each maps a standard normal tensor to log gates <= 0.
@@ -66,9 +69,9 @@ def draw(
     """Seeded standard normal inputs with the gates of a regime, equal on every device."""
     r = torch.Generator().manual_seed(seed)
     q, k, v, g_fwd, g_rev, do = (torch.randn(B, H, T, D, generator=r) for D in (K, K, V, K, K, V))
-    gates = [REGIMES[regime](g).to(device, gate_dtype or dtype) for g in (g_fwd, g_rev)]
     q, k, v, do = (x.to(device, dtype) for x in (q, k, v, do))
-    return Inputs(q, k, v, *gates, do)
+    g_fwd, g_rev = (REGIMES[regime](g).to(device, gate_dtype or dtype) for g in (g_fwd, g_rev))
+    return Inputs(q, k, v, g_fwd, g_rev, do)
 
 
 def evaluate(function: Callable[..., Tensor], x: Inputs, **options) -> dict[str, Tensor]:
@@ -147,7 +150,7 @@ def _float64(x: Inputs) -> Inputs:
 
 
 def _gate_gauge(terms: Tensor, G: Tensor, chunk: int, reverse: bool) -> Tensor:
-    """Sum `terms` over the tokens of the chunk that a scan meets from t on, and add G at the next chunk's first token."""
+    """Sum `terms` over the tokens of the chunk that a scan meets from t on; add G at the next chunk's first token."""
     if reverse:  # chunks are cut from the left in both directions: pad on the right, then look from the other end
         pad = -terms.shape[2] % chunk
         terms, G = (F.pad(t, (0, 0, 0, pad)).flip(2) for t in (terms, G))

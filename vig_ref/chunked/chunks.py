@@ -5,10 +5,11 @@ these pairs in two: pairs across chunks go through the state at the chunk's edge
 
 **Why no exponent here is ever positive.** With b the cumulative log gate, the exponent above is b_i - b_j, and the
 textbook factorisation exp(b_i) * exp(-b_j) overflows as soon as a chunk forgets much: exp(-b_j) has no bound.
-Here every sum of gates runs *away from a boundary* that lies between j and i: one factor decays from j to the boundary,
-the other from the boundary to i. Both are sums of numbers <= 0, obtained by adding and never by subtracting, so that each
-is in [0, 1], -inf (a full reset) is just another gate, and nothing cancels. Inside a chunk the boundaries are found by
-halving: the later half of every block of 2, 4, 8, ... tokens reads the earlier half, and each pair meets exactly once.
+Here every sum of gates runs *away from a boundary* that lies between j and i: one factor decays from j to the
+boundary, the other from the boundary to i. Both exponents are sums of numbers <= 0, obtained by adding and never by
+subtracting, so that each factor is in [0, 1], -inf (a full reset) is just another gate, and nothing cancels. Inside a
+chunk the boundaries are found by halving: the later half of every block of 2, 4, 8, ... tokens reads the earlier half,
+and each pair meets exactly once.
 
 The reverse scan is the same code with "earlier" on the right; q, k and v are never flipped.
 

@@ -6,8 +6,8 @@ row per token, is a product of a 0/1 matrix with the gates:
 
     E = exp(M g)          M[i, t] = 1 if the gate of token t lies between token i and the boundary
 
-and so its gradient is plain chain rule:  dg += M^T (E * dE).  Everything below is this line with three kinds of boundary:
-the edge where the scan enters the chunk, the edge where it leaves, and the middles found by halving.
+and so its gradient is plain chain rule:  dg += M^T (E * dE).  Everything below is this line with three kinds of
+boundary: the edge where the scan enters the chunk, the edge where it leaves, and the middles found by halving.
 
     first sweep, right to left     carries S_rev, and in the backward pass dS_fwd; writes them at every chunk's edge
     second sweep, left to right    carries S_fwd, and in the backward pass dS_rev; reads those; writes all results
@@ -30,7 +30,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _sequence(x, i_b, i_h, i_d):
-    """One sequence of a tensor, from feature i_d on: (pointer, stride_t, stride_d). int64: an offset may exceed 2^31."""
+    """One sequence of a tensor, from feature i_d on: (pointer, stride_t, stride_d). int64: offsets may exceed 2^31."""
     pointer, stride_b, stride_h, stride_t, stride_d = x
     return pointer + i_b * stride_b + i_h * stride_h + i_d * stride_d, stride_t, stride_d
 
@@ -85,7 +85,7 @@ def _dot(a, b, ACC: tl.constexpr, DOT: tl.constexpr):
 
 @triton.jit
 def _round_to_tf32(x):
-    """The tensor cores cut a float32 off after 10 bits; adding half of the last one first makes that round to nearest."""
+    """The tensor cores cut a float32 off after 10 bits; adding half of the last one first rounds it to nearest."""
     return (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
 
 
@@ -97,17 +97,17 @@ def _sums(M, g, ACC: tl.constexpr):
 
 @triton.jit
 def _met(C: tl.constexpr, REVERSE: tl.constexpr):
-    """`[C, C]`: 1 where the scan has met token t by the time it is at token i: b = M g, the inclusive cumulative sum."""
+    """`[C, C]`: 1 where the scan has met token t once it is at token i: b = M g is the inclusive cumulative sum."""
     i = tl.arange(0, C)[:, None]
     t = tl.arange(0, C)[None, :]
     return t >= i if REVERSE else t <= i
 
 
 @triton.jit
-def _halves(half: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr):
+def _halves(half, C: tl.constexpr, REVERSE: tl.constexpr):
     """Cut tokens into blocks of 2 * half; the half that the scan meets later reads the earlier one across the middle.
 
-    Returns M `[C, C]` (the gates between token i and its block's middle), `late` `[C, 1]`, `same` `[C, C]` (same block).
+    Returns M `[C, C]` (the gates between token i and its block's middle), late `[C, 1]`, same `[C, C]` (same block).
     """
     i = tl.arange(0, C)[:, None]
     t = tl.arange(0, C)[None, :]
@@ -136,13 +136,17 @@ def _next_state(S, k, v, g, REVERSE: tl.constexpr, C: tl.constexpr, ACC: tl.cons
 
 
 @triton.jit
-def _scores(q, k, g, REVERSE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr):
+def _scores(
+    q, k, g, REVERSE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr
+):  # fmt: skip
     """A[i, j] = q_i . (k_j * decay from j to i) for the pairs j met before i, 0 for all others.  `[C, C]`"""
     A = tl.zeros((C, C), ACC)
-    for level in tl.static_range(LEVELS):
-        M, late, same = _halves(1 << level, C, REVERSE)
+    half = 1
+    for _ in range(LEVELS):
+        M, late, same = _halves(half, C, REVERSE)
         E = tl.exp2(_sums(M, g, ACC))
         A += tl.where(same, _dot(tl.where(late, q * E, 0.0), tl.trans(tl.where(late, 0.0, k * E)), ACC, DOT), 0.0)
+        half *= 2
     return A
 
 
@@ -160,8 +164,9 @@ def _gradients(
     dk = tl.zeros_like(k)
     A = tl.zeros((C, C), ACC)
     dg = tl.zeros_like(g) + (tl.exp2(tl.sum(g, 0)) * tl.sum(S * dS, 1))[None, :]  # S_out = exp(total) * S + ...
-    for level in tl.static_range(LEVELS):  # A = (q E) (k E)^T across every middle
-        M, late, same = _halves(1 << level, C, REVERSE)
+    half = 1
+    for _ in range(LEVELS):  # A = (q E) (k E)^T across every middle
+        M, late, same = _halves(half, C, REVERSE)
         E = tl.exp2(_sums(M, g, ACC))
         qE = tl.where(late, q * E, 0.0)
         kE = tl.where(late, 0.0, k * E)
@@ -172,6 +177,7 @@ def _gradients(
         dq += dqE * E
         dk += dkE * E
         dg += _sums(tl.trans(M), qE * dqE + kE * dkE, ACC)
+        half *= 2
     M = _met(C, REVERSE)  # o = (q exp(b)) S
     E = tl.exp2(_sums(M, g, ACC))
     qE = q * E

@@ -1,6 +1,4 @@
 """From PyTorch to the kernels: what is allocated, what is launched, and how autograd and torch.compile see it.
-
-Read and written in device memory, per token and head (K = 32, V = 64, bfloat16 with float32 gates): see docs/performance.md.
 """
 
 import math
@@ -14,10 +12,10 @@ from vig_ref.fused import kernels
 
 #: Tokens per chunk: the smallest tile that the tensor cores take, hence the fewest halvings.
 CHUNK = 16
-#: The largest K: the K rows of a state are one tile in registers.
-MAX_K = 128
-#: The most columns of a state, hence of V, that one program holds; a larger V is cut into blocks.
-BLOCK_V = 64
+#: The tiles that hold a state in registers, (rows BK, columns BV): warps. The first with K <= BK and V <= BV is taken; a
+#: larger V is cut into blocks of BV. The first two are the heads of ViG-H and ViG.
+TILES = {(16, 32): 2, (32, 64): 4, (128, 64): 8}
+MAX_K = max(BK for BK, _ in TILES)
 PRECISIONS = ("ieee", "tf32")
 #: Whether Triton was imported with TRITON_INTERPRET=1: a process interprets kernels or compiles them, never both.
 INTERPRETED = isinstance(kernels.forward_kernel, InterpretedFunction)
@@ -132,7 +130,7 @@ _backward.register_autograd(_refuse)
 
 
 def _empty(x: Tensor) -> Tensor:
-    """Memory for a result of the shape and dtype of x, token by token, as the projection behind the operator reads it."""
+    """Memory for a result like x, laid out token by token, as the projection behind the operator reads it."""
     B, H, T, D = x.shape
     return x.new_empty_strided((B, H, T, D), (T * H * D, D, H * D, 1))
 
@@ -167,13 +165,18 @@ def _options(q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, p
     """The compile-time constants of a launch."""
     if not INTERPRETED and torch.cuda.get_device_capability(q.device) < (8, 0):
         raise ValueError("backend 'fused' needs a GPU of compute capability 8.0 or newer; choose 'chunked' or 'naive'")
+    K, V = q.shape[3], min(v.shape[3], max(BV for _, BV in TILES))
+    tile = next(tile for tile in TILES if K <= tile[0] and V <= tile[1])
     dot = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(q.dtype, precision)
     if INTERPRETED:
         dot = "ieee"  # the interpreter multiplies the bit patterns of bfloat16
-    double = q.dtype == torch.float64
+    return constants(tile, dot, g_fwd is not None, g_rev is not None, double=q.dtype == torch.float64)
+
+
+def constants(tile: tuple[int, int], dot: str, fwd: bool, rev: bool, double: bool = False) -> dict:
+    """The compile-time constants of a kernel for a tile of TILES, an arithmetic and the directions that there are."""
     return {
-        "FWD": g_fwd is not None, "REV": g_rev is not None, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1,
-        "BK": max(16, triton.next_power_of_2(q.shape[3])), "BV": min(BLOCK_V, max(16, triton.next_power_of_2(v.shape[3]))),
+        "FWD": fwd, "REV": rev, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1, "BK": tile[0], "BV": tile[1],
         "ACC": kernels.tl.float64 if double else kernels.tl.float32, "DOT": dot, "LIMIT": 2000.0 if double else 300.0,
-        "num_warps": 8 if q.shape[3] > 64 else 2, "num_stages": 1,
+        "num_warps": TILES[tile], "num_stages": 1,
     }  # fmt: skip
