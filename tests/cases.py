@@ -55,6 +55,18 @@ LAYOUTS = {
 }
 
 
+def in_red_zone(x: Tensor) -> Tensor:
+    """The same view of a copy of its memory, with NaN before and behind: what reads there shows."""
+    if not x.numel():
+        return x
+    margin = 64
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    first = margin + x.storage_offset() % margin  # as aligned as x
+    memory = x.new_full((first + span + margin,), torch.nan)
+    memory[first : first + span] = x.as_strided((span,), (1,))
+    return memory.as_strided(x.shape, x.stride(), first)
+
+
 class Arithmetic(NamedTuple):
     """What a layer computes with: the dtype of q, k, v, the rounding of its matrix products, and how to ask for it."""
 
@@ -111,14 +123,15 @@ class Case:
     seed: int = 0
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu") -> Inputs:
-        """The tensors; gates of half precision inputs are float32, as a ViG has them."""
+        """The tensors, in memory surrounded by NaN; gates of half precision inputs are float32, as a ViG has them."""
         event(f"regime: {self.regime}")
         event(f"layout: {self.layout}, gradient: {self.gradient_layout}")
         gate_dtype = torch.promote_types(dtype, torch.float32)
         sizes = (self.B, self.H, self.T, self.K, self.V)
         x = draw(*sizes, regime=self.regime, seed=self.seed, dtype=dtype, gate_dtype=gate_dtype, device=device)
         *tensors, do = x
-        return Inputs(*map(LAYOUTS[self.layout], tensors), LAYOUTS[self.gradient_layout](do))
+        x = Inputs(*map(LAYOUTS[self.layout], tensors), LAYOUTS[self.gradient_layout](do))
+        return Inputs(*map(in_red_zone, x))
 
     @property
     def scale_value(self) -> float:

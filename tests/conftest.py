@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+from torch._subclasses.fake_tensor import FakeTensor
+
+from vig_ref.fused import launch
 
 torch.set_num_threads(1)
 
@@ -32,6 +35,7 @@ def pytest_addoption(parser):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
+    refuse_unknown_skip(report)
     if report.failed:
         item.session.stash.setdefault(FAILED_FILES, set()).add(item.path)
     return report
@@ -47,3 +51,54 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+#: Why a test may be skipped: what a machine or an installation lacks, and nothing else.
+ALLOWED_SKIPS = (
+    "needs a CUDA GPU",
+    "needs a machine without a GPU",
+    "there is a GPU",
+    "kernels are compiled for CUDA tensors here",
+    "the compiled layer takes no float64",
+    "needs the extra '",
+    "another test of this file has failed",
+)
+
+
+def refuse_unknown_skip(report):
+    """A skip for a reason that is not listed above, or for none, is a failure."""
+    if report.skipped and not any(reason in report.longrepr[2] for reason in ALLOWED_SKIPS):
+        report.outcome = "failed"
+        report.longrepr = f"{report.longrepr[2]!r} is not in ALLOWED_SKIPS of tests/conftest.py"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    refuse_unknown_skip(report)
+    return report
+
+
+@pytest.fixture(autouse=True)
+def red_zones():
+    """Under every test: what a kernel writes to starts as NaN and lies between canaries, which nothing may change."""
+    canary, margin, memories = 12345.0, 64, []
+
+    def guarded(allocate):
+        def allocate_between_canaries(*arguments):
+            x = allocate(*arguments)
+            memory = x.new_full((x.numel() + 2 * margin,), canary)
+            memory[margin:-margin] = torch.nan
+            if not isinstance(memory, FakeTensor):
+                memories.append(memory)
+            return memory.as_strided(x.shape, x.stride(), margin)
+
+        return allocate_between_canaries
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_empty", "_states", "_parts"):
+            patch.setattr(launch, name, guarded(getattr(launch, name)))
+        yield
+    for memory in memories:
+        assert (memory[:margin] == canary).all(), "a kernel wrote before the beginning of its result"
+        assert (memory[-margin:] == canary).all(), "a kernel wrote behind the end of its result"

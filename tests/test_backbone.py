@@ -1,13 +1,15 @@
 """A model as a part of other programs: maps, heads, memory, export."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
-import test_hierarchical
-import test_model
 import torch
 from torch import nn
 
+import test_hierarchical
+import test_model
 from vig_ref.model import create_model
 
 FAMILIES = {"plain": test_model.tiny, "hierarchical": test_hierarchical.tiny}
@@ -130,19 +132,29 @@ def test_checkpointing_gives_the_same_gradients_from_less_memory(family):
     assert run()[1] == numbers
 
 
-def test_export_round_trip(model, tmp_path):
+@pytest.fixture(params=FAMILIES)
+def shallow(request):
+    """For the exporters, which take seconds a block."""
+    config = {
+        "plain": dataclasses.replace(test_model.TINY, depth=1),
+        "hierarchical": dataclasses.replace(test_hierarchical.TINY, depths=(1, 1)),
+    }[request.param]
+    return FAMILIES[request.param](config).eval()
+
+
+def test_export_round_trip(shallow, tmp_path):
     """torch.export of the whole model, in the chunked layer, saved, loaded and run."""
-    model, x = model.eval(), images(2, 3, 16, 24)
-    torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
+    x = images(2, 3, 16, 24)
+    torch.export.save(torch.export.export(shallow, (x,)), tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
-    torch.testing.assert_close(loaded(x), model(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loaded(x), shallow(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's exporter warns of itself
-def test_onnx_round_trip(model, tmp_path):
+def test_onnx_round_trip(shallow, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
     pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
-    model, x = model.float().eval(), images(2, 3, 16, 24).float()
+    model, x = shallow.float(), images(2, 3, 16, 10).float()
     torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
@@ -151,11 +163,21 @@ def test_onnx_round_trip(model, tmp_path):
 
 @pytest.mark.parametrize("name", ["vig_tiny", "vig_h_tiny"])
 def test_the_group_matcher_knows_every_parameter_outside_the_head(name):
-    import re
-
     with torch.device("meta"):
         model = create_model(name)
     groups = model.group_matcher()
     patterns = [groups["stem"], *(pattern for pattern, _ in groups["blocks"])]
     unmatched = [n for n, _ in model.named_parameters() if not any(re.match(p, n) for p in patterns)]
     assert unmatched == ["head.weight", "head.bias"]
+
+
+def test_the_example_in_the_documentation():
+    """docs/backbone.md says what comes out."""
+    page = (Path(__file__).parents[1] / "docs" / "backbone.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(program, names)
+    assert list(names["model"].forward_features(names["images"]).shape) == [1, 35, 768]
+    assert [tuple(m.shape[1:]) for m in names["maps"]] == [(96, 56, 40), (192, 28, 20), (384, 14, 10), (768, 7, 5)]
+    assert names["model"].num_classes == 5
+    assert names["model"].backend == "naive"

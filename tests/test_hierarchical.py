@@ -1,4 +1,4 @@
-"""ViG-H: the parts that differ from the plain ViG, image sizes, released names. The mixer is the one of test_model.py."""
+"""ViG-H: the parts that differ from the plain ViG, image sizes, released names. The mixer is that of test_model.py."""
 
 import dataclasses
 
@@ -75,6 +75,23 @@ def test_the_stem_and_the_downsampling_by_their_equations():
     torch.testing.assert_close(down(y), F.layer_norm(z, (16,), down.norm.weight, down.norm.bias, 1e-5))
 
 
+def test_the_model_by_its_equations():
+    model, x = tiny().eval(), images(2, 3, 16, 24)
+
+    def norm(layer, x):
+        return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, 1e-5)
+
+    y = model.patch_embed(x)
+    for n, stage in enumerate(model.stages):
+        y = stage.downsample(y) if n else y
+        for block in stage.blocks:
+            y = y + block.mixer(norm(block.norm1, y))
+            gate, up = F.linear(norm(block.norm2, y), block.mlp.gate_up_proj.weight).chunk(2, -1)
+            y = y + F.linear(F.silu(gate) * up, block.mlp.down_proj.weight)
+    y = norm(model.norm, y).mean((1, 2))
+    torch.testing.assert_close(model(x), F.linear(y, model.head.weight, model.head.bias))
+
+
 @pytest.mark.parametrize(("dim", "hidden"), [(96, 256), (128, 352), (256, 704), (512, 1376), (1024, 2752)])
 def test_mlp_widths_are_the_released_ones(dim, hidden):
     with torch.device("meta"):
@@ -135,7 +152,7 @@ def test_initial_spread_of_the_weights():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"depths": (1,)}, r"dims, num_heads, depths: expected one entry a stage in each, got \(8, 16\), \(1, 2\), \(1,\)"),
+        ({"depths": (1,)}, r"dims, num_heads, depths: expected one entry a stage in each, got \(8, 16\), \(1, 2\)"),
         ({"dims": (8, 15)}, "dim: expected a multiple of 2 num_heads, got dim=15, num_heads=2"),
         ({"drop_path": -0.1}, r"drop_path: expected a probability in \[0, 1\), got -0.1"),
         ({"depths": (1, 0)}, "depth: expected at least 1 block, got 0"),
@@ -165,8 +182,9 @@ def test_released_names():
     _, state = released_state()
     expected = {
         "patch_embed.0.weight": [48, 3, 3, 3], "patch_embed.2.bias": [48], "patch_embed.5.weight": [96, 48, 3, 3],
-        "patch_embed.7.weight": [96], "layers.0.downsample.1.weight": [192, 96, 3, 3], "layers.2.downsample.3.bias": [768],
-        "layers.2.blocks.4.norm.bias": [384], "layers.2.blocks.4.norm2.weight": [384],
+        "patch_embed.7.weight": [96], "layers.0.downsample.1.weight": [192, 96, 3, 3],
+        "layers.2.downsample.3.bias": [768], "layers.2.blocks.4.norm.bias": [384],
+        "layers.2.blocks.4.norm2.weight": [384],
         "layers.1.blocks.1.op.in_proj.0.weight": [192, 1, 3, 3], "layers.1.blocks.1.op.qkv_proj.weight": [384, 192],
         "layers.1.blocks.1.op.gk_proj.0.weight": [16, 192], "layers.1.blocks.1.op.gk_proj.1.bias": [192],
         "layers.1.blocks.1.op.g_proj.bias": [192], "layers.1.blocks.1.op.o_proj.weight": [192, 192],

@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from hypothesis import example, given, target
+from hypothesis import currently_in_test_context, example, given, target
 from hypothesis import strategies as st
 
 from cases import CHUNK, FLOAT32, FLOAT64, LAYERS, VARIANTS, Case, Inputs, cases, device_of
@@ -17,7 +17,7 @@ HARD = [Case(regime=regime, T=T, K=17, V=3, H=1) for regime in sorted(REGIMES) f
     Case(T=33, layout=layout, gradient_layout=gradient_layout)
     for layout, gradient_layout in [
         ("heads_last", "expanded"), ("one_of_three", "heads_last"), ("every_second", "every_second"),
-        ("features_first", "offset_by_one"), ("offset_by_one", "features_first"), ("expanded", "contiguous"),
+        ("features_first", "offset_by_one"), ("offset_by_one", "features_first"), ("expanded", "one_of_three"),
     ]
 ] + [Case(B=2, H=2, T=18, K=3, V=70, scale=-0.5)]  # fmt: skip
 
@@ -27,7 +27,8 @@ def check(function, x: Inputs, *, scale: float, chunk: int, dot: str = "ieee", *
     before = [t.clone() for t in x]
     got = evaluate(function, x, scale=scale, **options)
     ratios = worst_ratios(got, x, scale=scale, chunk=chunk, dot=dot)
-    target(max(ratios.values()), label="error / bound")
+    if currently_in_test_context():
+        target(max(ratios.values()), label="error / bound")
     assert max(ratios.values()) <= 1, ratios
     rms = rms_ratios(got, reference(x, scale=scale), RMS_LIMIT[rms_kind(x, dot)])
     assert max(rms.values()) <= 1, rms

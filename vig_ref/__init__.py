@@ -1,6 +1,6 @@
 """vig_ref: ViG (arXiv 2405.18425) and bidirectional gated linear attention in three layers that agree."""
 
-from vig_ref.model import PRESETS, ViG, ViGConfig, create_model
+from vig_ref.model import PRESETS, HierarchicalConfig, HierarchicalViG, ViG, ViGConfig, create_model, wake
 from vig_ref.ops import BACKENDS, bidirectional_gla, gla, resolve_backend
 from vig_ref.released import load_released
 
@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BACKENDS",
     "PRESETS",
+    "HierarchicalConfig",
+    "HierarchicalViG",
     "ViG",
     "ViGConfig",
     "bidirectional_gla",
@@ -15,4 +17,5 @@ __all__ = [
     "gla",
     "load_released",
     "resolve_backend",
+    "wake",
 ]

@@ -3,8 +3,8 @@
 The question is asked of one element at a time: |X - X64| / bound, with the bound of `vig_ref.tolerance`. A ratio of 1
 or less is agreement as close as the arithmetic allows; a layer that is wrong by one percent has a ratio of thousands.
 
-`python -m vig_ref.agreement --layer fused --device cpu` prints one layer's rows as JSON: a Triton kernel is either
-interpreted or compiled for the whole life of a process, so that the demo gives the fused layer a process of its own.
+`python -m vig_ref.agreement --device cpu` prints the fused layer's rows as lines of JSON: a Triton kernel is either
+interpreted or compiled for the whole life of a process, so that this layer gets a process of its own.
 """
 
 import argparse
@@ -15,8 +15,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,72 +36,126 @@ NO_TRITON = (
 )
 
 
+class Arithmetic(NamedTuple):
+    """What a layer computes with: the dtype of q, k, v, the rounding of its products, and how to ask for it."""
+
+    dtype: torch.dtype
+    dot: str = "ieee"  # a key of tolerance.DOT_UNIT
+    options: dict[str, Any] = {}  # noqa: RUF012  (never written to)
+
+
+ARITHMETICS = {
+    "float64": Arithmetic(torch.float64),
+    "float32": Arithmetic(torch.float32),
+    "float32 with tf32 products": Arithmetic(torch.float32, "tf32", {"precision": "tf32"}),
+    "float16": Arithmetic(torch.float16, "float16"),
+    "bfloat16": Arithmetic(torch.bfloat16, "bfloat16"),
+}
+PLAIN = ("float64", "float32", "float16", "bfloat16")
+#: What each layer has. The interpreter does not imitate reduced precision; the tensor cores' float64 is not used.
+AVAILABLE = {
+    ("naive", "cpu"): PLAIN, ("naive", "cuda"): PLAIN, ("chunked", "cpu"): PLAIN, ("chunked", "cuda"): PLAIN,
+    ("fused", "cpu"): ("float64", "float32"),
+    ("fused", "cuda"): ("float32", "float32 with tf32 products", "float16", "bfloat16"),
+}  # fmt: skip
+
+
 class Layer(NamedTuple):
-    """One implementation of the operator in one arithmetic."""
+    """One implementation of the operator in one arithmetic, on one device."""
 
     name: str
+    arithmetic: str  # a key of ARITHMETICS
+    device: str
     function: Callable[..., Tensor]
-    chunk: int  # tokens under one running sum of gates; T for the naive layer
-    dtype: torch.dtype = torch.float32
-    dot: str = "ieee"  # arithmetic of the matrix products, a key of tolerance.DOT_UNIT
+    chunk: int  # see tolerance.bounds
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return ARITHMETICS[self.arithmetic].dtype
+
+    def draw(self, *sizes: int, **options: Any) -> tolerance.Inputs:
+        """`tolerance.draw` for this layer; the gates of half precision inputs are float32, as a ViG has them."""
+        gate_dtype = torch.promote_types(self.dtype, torch.float32)
+        return tolerance.draw(*sizes, dtype=self.dtype, gate_dtype=gate_dtype, device=self.device, **options)
 
 
-def compare(layer: Layer, device: str = "cpu") -> list[dict[str, Any]]:
+class Measure(NamedTuple):
+    """How near one tensor of a result comes to its bound, at the element that comes nearest, and as a whole."""
+
+    ratio: float  # error / bound: at most 1 passes, infinite if anything is NaN
+    error: float
+    bound: float
+    rms: float  # error / limit in the root mean square: at most 1 passes
+
+    @property
+    def worst(self) -> float:
+        return max(self.ratio, self.rms)
+
+
+def layers(name: str, device: str, arithmetics: Iterable[str] = tuple(ARITHMETICS)) -> list[Layer]:
+    """The layer called `name` in those of the arithmetics that it has on `device`."""
+    module = importlib.import_module(f"vig_ref.{name}")
+    chunk = {"naive": 1, "chunked": 64}.get(name) or module.CHUNK
+    return [
+        Layer(name, a, device, functools.partial(module.bidirectional_gla, **ARITHMETICS[a].options), chunk)
+        for a in AVAILABLE[name, device]
+        if a in arithmetics
+    ]
+
+
+def bounds(layer: Layer, x: tolerance.Inputs, exact: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """`tolerance.bounds` for a layer."""
+    return tolerance.bounds(x, exact, scale=scale, chunk=layer.chunk, dot=ARITHMETICS[layer.arithmetic].dot)
+
+
+def measure(layer: Layer, got: dict[str, Tensor], x: tolerance.Inputs, scale: float) -> dict[str, Measure]:
+    """A result and its gradients against the oracle, by name, under both gates of `vig_ref.tolerance`."""
+    exact = tolerance.reference(x, scale=scale)
+    bound = bounds(layer, x, exact, scale)
+    rms = tolerance.rms_ratios(got, exact, tolerance.RMS_LIMIT[rms_kind(layer, x)])
+    return {name: Measure(*nearest(got[name], exact[name], bound[name]), rms[name]) for name in NAMES}
+
+
+def nearest(got: Tensor, expected: Tensor, bound: Tensor) -> tuple[float, float, float]:
+    """Error / bound, error and bound at the element where the first is largest. NaN anywhere is an infinite ratio."""
+    error = (got.double() - expected).abs()
+    ratio = torch.where(error == 0, 0.0, error / bound).nan_to_num(nan=torch.inf, posinf=torch.inf).flatten()
+    n = ratio.argmax()
+    return ratio[n].item(), error.flatten()[n].item(), bound.flatten()[n].item()
+
+
+def rms_kind(layer: Layer, x: tolerance.Inputs) -> str:
+    """The key of `tolerance.RMS_LIMIT` for a layer and the gates of its inputs."""
+    if layer.dtype == torch.float64:
+        return "float64"
+    dot = ARITHMETICS[layer.arithmetic].dot
+    return "ieee, strong gates" if dot == "ieee" and min(x.g_fwd.min(), x.g_rev.min()) < -1 else dot
+
+
+def compare(layer: Layer) -> list[dict[str, Any]]:
     """One row for each gate regime: the ratios by name, and the element that came nearest to its bound."""
+    label = f"fused ({fused_mode(layer.device)})" if layer.name == "fused" else layer.name
     rows = []
     for regime in REGIMES:
-        x = tolerance.draw(**SHAPE, regime=regime, dtype=layer.dtype, gate_dtype=torch.float32, device=device)
-        got = tolerance.evaluate(layer.function, x, scale=SCALE)
-        ratios = tolerance.worst_ratios(got, x, scale=SCALE, chunk=layer.chunk, dot=layer.dot)
-        rows.append({"layer": layer.name, "regime": regime, "ratios": ratios, **_nearest(got, x, layer, ratios)})
+        x = layer.draw(**SHAPE, regime=regime)
+        measures = measure(layer, tolerance.evaluate(layer.function, x, scale=SCALE), x, SCALE)
+        ratios = {name: m.ratio for name, m in measures.items()}
+        worst = max(ratios, key=ratios.__getitem__)
+        nearest = {"worst": worst, "error": measures[worst].error, "bound": measures[worst].bound}
+        rows.append({"layer": f"{label}, {layer.arithmetic}", "regime": regime, "ratios": ratios, **nearest})
     return rows
-
-
-def _nearest(got: dict[str, Tensor], x: tolerance.Inputs, layer: Layer, ratios: dict[str, float]) -> dict[str, Any]:
-    """The worst result in plain numbers: its name, and the error and the bound where they are closest."""
-    name = max(ratios, key=ratios.__getitem__)
-    exact = tolerance.reference(x, scale=SCALE)
-    bound = tolerance.bounds(x, exact, scale=SCALE, chunk=layer.chunk, dot=layer.dot)[name]
-    error = (got[name].double() - exact[name]).abs()
-    worst = torch.where(error == 0, 0.0, error / bound).argmax()
-    return {"worst": name, "error": error.flatten()[worst].item(), "bound": bound.flatten()[worst].item()}
-
-
-def layers(name: str, device: str) -> list[Layer]:
-    """The layer called `name` in every arithmetic that it has on `device`; the label says how it is run."""
-    function = importlib.import_module(f"vig_ref.{name}").bidirectional_gla
-    if name == "naive":
-        return [Layer("naive, float32", function, chunk=SHAPE["T"])]
-    if name == "chunked":
-        return [Layer("chunked, float32", function, chunk=64)]
-    from vig_ref.fused import CHUNK
-
-    label = f"fused ({fused_mode(device)})"
-    variants = [Layer(f"{label}, float32", function, CHUNK)]
-    if device != "cpu":  # the interpreter does not imitate reduced precision
-        tf32 = functools.partial(function, precision="tf32")
-        variants += [
-            Layer(f"{label}, float32 with tf32 products", tf32, CHUNK, dot="tf32"),
-            Layer(f"{label}, float16", function, CHUNK, torch.float16, "float16"),
-            Layer(f"{label}, bfloat16", function, CHUNK, torch.bfloat16, "bfloat16"),
-        ]
-    return variants
 
 
 def fused_mode(device: str) -> str:
     """How this process runs the kernels: what Triton made of them, not what was asked for."""
-    from triton.runtime.interpreter import InterpretedFunction
+    from vig_ref.fused.launch import INTERPRETED
 
-    from vig_ref.fused import kernels
-
-    if isinstance(kernels.forward_kernel, InterpretedFunction):
-        return INTERPRETER
-    return f"compiled, {torch.cuda.get_device_name(device)}"
+    return INTERPRETER if INTERPRETED else f"compiled, {torch.cuda.get_device_name(device)}"
 
 
-def compare_fused(device: str) -> list[dict[str, Any]]:
-    """`compare` for the fused layer, in a process that is told which of the two to be: interpreted on the CPU, compiled
-    on a GPU. An exported TRITON_INTERPRET has no say in it.
+def own_process(module: str, arguments: list[str], device: str) -> Iterator[Any]:
+    """Start `python -m module` in a process that interprets kernels on the CPU and compiles them for a GPU, and yield
+    what it prints, lines of JSON. An exported TRITON_INTERPRET has no say in it.
 
     Raises:
         RuntimeError: the process failed; its error output is the text.
@@ -108,11 +163,21 @@ def compare_fused(device: str) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if device == "cpu":
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "vig_ref.agreement", "--layer", "fused", "--device", device]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the fused layer could not be compared:\n{done.stderr}")
-    return json.loads(done.stdout)
+    command = [sys.executable, "-m", module, *arguments, "--device", device]
+    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by _lines; a pipe that nobody reads would fill up)
+    return _lines(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True), errors)
+
+
+def _lines(process: subprocess.Popen, errors: IO[str]) -> Iterator[Any]:
+    with process, errors:
+        try:
+            yield from map(json.loads, process.stdout or ())
+            process.wait()
+        finally:
+            process.kill()  # where the reader left early
+        if process.returncode:
+            errors.seek(0)
+            raise RuntimeError(f"the fused layer could not be compared:\n{errors.read()}")
 
 
 def has_triton() -> bool:
@@ -120,9 +185,15 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def compare_fused(device: str) -> list[dict[str, Any]]:
+    """`compare` for the fused layer, in a process of its own."""
+    return list(own_process("vig_ref.agreement", [], device))
+
+
 def compare_all(device: str = "cpu") -> dict[str, Any]:
     """Every layer that can run here: the rows, the layers left out with the reason, and the largest ratio of all."""
-    rows = [row for name in ("naive", "chunked") for layer in layers(name, device) for row in compare(layer, device)]
+    plain = [layer for name in ("naive", "chunked") for layer in layers(name, device, ["float32"])]
+    rows = [row for layer in plain for row in compare(layer)]
     missing = {}
     if has_triton():
         rows += compare_fused(device)
@@ -151,14 +222,14 @@ def table(agreement: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{verdict}: the largest ratio is {agreement['largest_ratio']:.2g}"])
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print one layer's rows as JSON."""
+def main() -> None:
+    """Print the rows of the fused layer as lines of JSON; float64 is for `vig-ref verify`."""
     parser = argparse.ArgumentParser(prog="python -m vig_ref.agreement", description=main.__doc__)
-    parser.add_argument("--layer", choices=LAYERS, required=True)
     parser.add_argument("--device", default="cpu")
-    options = parser.parse_args(argv)
-    variants = layers(options.layer, options.device)
-    print(json.dumps([row for layer in variants for row in compare(layer, options.device)]))
+    device = parser.parse_args().device
+    for layer in layers("fused", device, set(ARITHMETICS) - {"float64"}):
+        for row in compare(layer):
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command("vig_ref.demo", "demo", "see the layers agree, then a small ViG learn handwritten digits"),
+    "init": Command("vig_ref.initialisation", "demo", "train from two initialisations and compare"),
+    "see": Command("vig_ref.see", "demo", "attention maps and effective receptive fields as pictures"),
+    "verify": Command("vig_ref.verify", "demo", "check every layer on this machine, before you trust it"),
+    "tables": Command("vig_ref.tables", "demo", "the paper's sizes and costs beside what is counted here"),
 }
 
 

@@ -75,7 +75,7 @@ def jitter(x: Tensor, r: torch.Generator) -> Tensor:
 
 
 def build(backend: str) -> ViG:
-    """A small ViG whose global branch is awake: from the released initialisation it learns to do without it.
+    """A small ViG whose global branch is awake: from the released start it hardly learns to use it.
 
     `vig-ref init` measures both, docs/results/initialisation.md holds the figures.
     """
@@ -289,7 +289,8 @@ def run(options: argparse.Namespace) -> int:
         "test_accuracy": learner.accuracy(), "seconds": round(time.perf_counter() - start, 1),
         "test_accuracy_without_global_branch": learner.accuracy_without_global_branch(),
         "agreement": agreed, "first_steps": first_steps, "history": history, "backend": backend,
-        "parameters": sum(p.numel() for p in learner.model.parameters()), **circumstances(command, device, ("scikit-learn", "matplotlib")),
+        "parameters": sum(p.numel() for p in learner.model.parameters()),
+        **circumstances(command, device, ("scikit-learn", "matplotlib")),
     }  # fmt: skip
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return report(summary, options)

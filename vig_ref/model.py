@@ -286,7 +286,8 @@ class ViG(Backbone):
     **Initialisation** is the released one: Xavier-uniform with gain 2^-2.5 in every weight of a mixer (also in the
     depthwise convolution, whose fan-out PyTorch counts as 9 D), normal(0, 0.02) in the MLPs and the head,
     truncated normal(0, 0.02) in pos_embed, 0 in biases of linear layers, PyTorch's default in the stem. Consequence:
-    the global branch starts switched off: in ViG-T, norm_o sees a mean square of 5e-17, against an eps of 1e-6.
+    the global branch starts switched off: in ViG-T, norm_o sees a mean square of 5e-17, against an eps of 1e-6. `wake`
+    is an initialisation that does not do this.
 
     Args:
         config: sizes; None means those of ViG-T.
@@ -344,7 +345,8 @@ class ViG(Backbone):
         return [{"num_chs": D, "reduction": p, "module": f"blocks.{n}"} for n in range(len(self.blocks))]
 
     def embed(self, images: Tensor) -> Tensor:
-        return self.patch_embed(images) + self.resized_pos_embed(self.grid_of(*images.shape[2:]))
+        pos_embed = self.resized_pos_embed(self.grid_of(*images.shape[2:]))
+        return self.patch_embed(images) + pos_embed
 
     def keep_levels(self, n: int) -> None:
         self.blocks = nn.Sequential(*self.levels[:n])
@@ -494,3 +496,22 @@ def create_model(
 def build(config: ViGConfig | HierarchicalConfig, **options: Any) -> ViG | HierarchicalViG:
     """The family that a configuration belongs to, with the options of `ViG`."""
     return ViG(config, **options) if isinstance(config, ViGConfig) else HierarchicalViG(config, **options)
+
+
+def wake(model: ViG | HierarchicalViG) -> None:
+    """Initialise anew, in place, so that the global branch starts alive: mean(o^2) far above the eps of `norm_o`.
+
+        dwconv     PyTorch's own: uniform with variance 1 / (3 * 9), so that `local` keeps the scale of its input
+        qkv_proj   Xavier-uniform with gain 1 instead of 2^-2.5
+
+    Everything else stays as it is. Of the released checkpoints this changes nothing: it is for training from scratch.
+
+    Example:
+        >>> model = create_model("vig_tiny")
+        >>> wake(model)
+    """
+    for block in model.all_blocks():
+        for module in block.mixer.modules():
+            if isinstance(module, nn.Conv2d):  # the dwconv; rows of the roadmap have none
+                module.reset_parameters()
+        nn.init.xavier_uniform_(block.mixer.qkv_proj.weight)

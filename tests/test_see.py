@@ -1,0 +1,137 @@
+"""What the pictures show: maps that are the operator, and fields that are gradients."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread, imsave
+
+import test_hierarchical
+import test_model
+from vig_ref import cli, gla, see
+from vig_ref.model import create_model
+from vig_ref.released import released_names
+from vig_ref.roadmap import create_row
+from vig_ref.tolerance import draw
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("regime", ["vig", "reset"])
+def test_a_map_times_v_is_the_operator(reverse, regime):
+    x = draw(B=2, H=2, T=33, K=5, V=7, regime=regime, dtype=torch.float64, gate_dtype=torch.float64)
+    g = x.g_rev if reverse else x.g_fwd
+    A = see.attention_matrix(x.q, x.k, g, reverse=reverse, scale=0.3)
+    torch.testing.assert_close(A @ x.v, gla(x.q, x.k, x.v, g, reverse=reverse, scale=0.3, backend="naive"))
+    assert not (A.tril(-1) if reverse else A.triu(1)).any()
+
+
+@pytest.mark.parametrize(("module", "block", "grid"), [(test_model, 1, (8, 12)), (test_hierarchical, -1, (2, 3))])
+def test_maps_of_a_model_times_v_are_o(module, block, grid):
+    model = module.tiny().eval()
+    maps = see.attention_maps(model, module.images(2, 3, 16, 24), block)
+    assert maps.grid == grid
+    torch.testing.assert_close((maps.fwd + maps.rev) @ maps.v, maps.o)
+    assert not maps.fwd.triu(1).any()
+    assert not maps.rev.tril(-1).any()
+
+
+def test_maps_are_those_of_the_block(monkeypatch):
+    """The o of the maps is what the block's own norm gets."""
+    model, x, seen = test_model.tiny().eval(), test_model.images(1, 3, 16, 16), []
+    model.blocks[1].mixer.norm_o.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    maps = see.attention_maps(model, x, 1)
+    torch.testing.assert_close(maps.o.transpose(1, 2), seen[0])
+
+
+def test_a_field_is_a_gradient():
+    """By a finite difference in one pixel; the middle token of an 8x8 grid is (4, 4)."""
+    model, x = test_model.tiny(num_classes=0).eval(), test_model.images(1, 3, 16, 16)
+
+    def middle(image):
+        return model.forward_features(image)[0, 4 * 8 + 4].sum()
+
+    field = see.effective_receptive_field(model, x)
+    assert field.max() == 1
+
+    def response(row, column):
+        total = 0.0
+        for channel in range(3):
+            step = torch.zeros_like(x)
+            step[0, channel, row, column] = 1e-5
+            total += abs((middle(x + step) - middle(x - step)).item() / 2e-5)
+        return total
+
+    assert (field[3, 5] / field[9, 8]).item() == pytest.approx(response(3, 5) / response(9, 8), rel=1e-5)
+
+
+def test_who_sees_how_far():
+    """A causal model sees nothing behind the middle token; the others see the whole image."""
+    x = test_model.images(1, 3, 32, 32)
+
+    def field(row):
+        torch.manual_seed(0)
+        return see.effective_receptive_field(create_row(row, config=test_model.TINY, img_size=32).double(), x)
+
+    assert not field("patch_embed")[20:].any()
+    assert (field("direction_wise") > 0).all()
+    assert (field("gate_2d") > 0).all()
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, 0.25), (0.51, 0.5), (1.0, 1.0)])
+def test_share_of_pixels(share, expected):
+    assert see.share_of_pixels(torch.tensor([[3.0, 1.0], [1.0, 1.0]]), share) == expected
+
+
+def test_the_photograph(tmp_path):
+    image = see.photograph(None, 64)
+    assert image.shape == (64, 64, 3)
+    assert 0 <= image.min() < 0.1
+    assert 0.9 < image.max() <= 1
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, 10:30, 0] = 200  # the middle square
+    imsave(tmp_path / "picture.png", pixels)
+    np.testing.assert_allclose(see.photograph(tmp_path / "picture.png", 8)[..., 0], 200 / 255, atol=1e-3)
+    red = (200 / 255 - 0.485) / 0.229
+    batch = see.normalised(see.photograph(tmp_path / "picture.png", 8))
+    torch.testing.assert_close(batch[0, 0], torch.full((8, 8), red), rtol=1e-2, atol=0)
+
+
+def test_attention_command(tmp_path):
+    arguments = ["--size", "64", "--block", "0", "--token", "1", "2", "--token", "3", "0", "--out", str(tmp_path)]
+    assert cli.main(["see", "attention", *arguments]) == 0
+    pixels = imread(tmp_path / "attention.png")[..., :3]
+    assert pixels.std() > 0.05
+
+
+def test_attention_command_with_weights(tmp_path):
+    torch.manual_seed(0)
+    model = create_model("vig_tiny", num_classes=2)
+    names = released_names(model)
+    torch.save({"model": {names[n]: x for n, x in model.state_dict().items()}}, tmp_path / "vig_t.pth")
+    arguments = ["--size", "32", "--weights", str(tmp_path / "vig_t.pth"), "--out", str(tmp_path)]
+    assert cli.main(["see", "attention", *arguments]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--block", "12"], "vig-ref see: block: expected -12 to 11, got 12"),
+        (["--head", "3"], "vig-ref see: head: expected 0 to 2, got 3"),
+        (["--token", "2", "0"], "vig-ref see: token: expected a row and a column of the 2x2 grid, got 2 0"),
+        (["--size", "30"], "vig-ref see: image size: expected multiples of the patch size 16, got 30x30"),
+    ],
+)
+def test_attention_errors(tmp_path, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        cli.main(["see", "attention", "--size", "32", *arguments, "--out", str(tmp_path)])
+    assert str(error.value).startswith(message)
+
+
+def test_erf_command_without_timm(tmp_path, monkeypatch):
+    monkeypatch.setattr(see, "import_timm", lambda: (None, "absent"))
+    assert cli.main(["see", "erf", "--size", "32", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "erf.json").read_text())["share_of_pixels_that_hold"]
+    assert list(found) == ["GLA", "BidGLA (no 2D gate)", "ViG"]
+    assert found["ViG"]["0.5"] < found["ViG"]["0.9"] < found["ViG"]["0.99"] <= 1
+    assert imread(tmp_path / "erf.png")[..., :3].std() > 0.05

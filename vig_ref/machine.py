@@ -1,0 +1,38 @@
+"""The machine that a command runs on: is the device there, and what does somebody need to repeat the run?"""
+
+import datetime
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+
+def prepare(command: str, device: str) -> None:
+    """Refuse a device that is not there; take one CPU thread.
+
+    Tensors as small as the commands' are computed faster than threads can meet: a second one gains little, and with
+    another program on the machine it loses much. One thread also adds up in one order, whatever the number of cores.
+    """
+    if device == "cpu":
+        torch.set_num_threads(1)
+    elif not torch.cuda.is_available():
+        raise SystemExit(f"{command}: --device cuda needs an NVIDIA GPU and a CUDA build of torch; leave it out")
+
+
+def circumstances(command: str, device: str, packages: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Machine, date, command and versions, also of `packages`; 'missing' is not installed."""
+    versions = {"python": platform.python_version()}
+    for name in ("vig_ref", "torch", "triton", "numpy", *packages):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "missing"
+    threads = torch.get_num_threads()
+    cpu = f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "versions": versions,
+    }
