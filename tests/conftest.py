@@ -20,6 +20,7 @@ COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [Health
 settings.register_profile("fast", max_examples=5, **COMMON)
 settings.register_profile("ci", max_examples=30, derandomize=True, **COMMON)
 settings.register_profile("deep", max_examples=1000, **COMMON)
+settings.load_profile("fast")  # what plain pytest runs; --hypothesis-profile overrides it
 # For tests/mutants.py, which asks whether a bug is seen, not which example shows it best.
 phases = (Phase.explicit, Phase.generate)
 settings.register_profile("mutants", max_examples=3, derandomize=True, phases=phases, **COMMON)

@@ -1,8 +1,8 @@
-"""Ahead-of-time compilation: every kernel that can ever be launched, for two generations of GPU, without a GPU.
+"""Ahead-of-time compilation, without a GPU: every tile, arithmetic and direction, on tensors laid out as a ViG's are.
 
 The interpreter accepts what the compiler refuses (small tiles, types that change in a loop). So each entry of
-`vig_ref.fused.launch.TILES`, in every arithmetic, direction and gate dtype, is compiled to machine code here, in a process
-where Triton compiles, and its shared memory is held against the smallest limit among those GPUs.
+`vig_ref.fused.launch.TILES`, in every arithmetic, direction and gate dtype, is compiled to machine code here, in a
+process where Triton compiles, and its shared memory is held against the smallest limit among those GPUs.
 """
 
 import itertools
@@ -39,7 +39,8 @@ def test_every_launch_compiles(tile, dtype, gates, dot):
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     clean["PYTHONPATH"] = str(ROOT)
     arguments = json.dumps([tile, dtype, gates, dot, [(k, d, t) for k, d in kinds for t in targets(gates, d)]])
-    done = subprocess.run([sys.executable, __file__, arguments], env=clean, capture_output=True, text=True, check=False)
+    command = [sys.executable, __file__, arguments]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = json.loads(done.stdout)
     assert len(compiled) == sum(len(targets(gates, d)) for _, d in kinds)

@@ -11,7 +11,7 @@ import torch
 from cases import FUSED_ARITHMETIC, FUSED_DEVICE
 from vig_ref import bidirectional_gla, fused, gla
 from vig_ref.fused import launch
-from vig_ref.tolerance import NAMES, draw, evaluate
+from vig_ref.tolerance import NAMES, RMS_LIMIT, draw, evaluate
 
 INTERPRETED = FUSED_DEVICE == "cpu"
 
@@ -99,9 +99,28 @@ def test_double_backward_is_refused():
         dq.sum().backward()
 
 
+@pytest.mark.parametrize("which", ["q, x, x", "x, x, x"])
+def test_one_tensor_in_several_places(which):
+    """k is v, or all three are: every gradient still has memory of its own, also with two blocks of V."""
+    x = draw(2, 1, 5, 70, 70, regime="moderate", device=FUSED_DEVICE)
+    grads = []
+    for backend in ("naive", "fused"):
+        q, same = x.q.clone().requires_grad_(), x.k.clone().requires_grad_()
+        o = bidirectional_gla(same if which == "x, x, x" else q, same, same, x.g_fwd, x.g_rev, backend=backend)
+        o.backward(x.do)
+        grads.append(same.grad)
+    assert (grads[0] - grads[1]).norm() <= RMS_LIMIT["ieee, strong gates"] * grads[0].norm()
+
+
 def test_unknown_precision():
     with pytest.raises(ValueError, match=re.escape("unknown precision 'fast'; choose one of ('ieee', 'tf32')")):
         fused.bidirectional_gla(*inputs()[:5], scale=1.0, precision="fast")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs a machine without a GPU")
+def test_the_interpreter_has_one_precision():
+    with pytest.raises(ValueError, match="'tf32' needs a GPU; Triton's interpreter multiplies as 'ieee' only"):
+        fused.bidirectional_gla(*inputs()[:5], scale=1.0, precision="tf32")
 
 
 def test_k_too_large():

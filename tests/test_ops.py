@@ -29,6 +29,7 @@ def call(backend="naive", scale=None, **changed):
         ({"g_fwd": torch.zeros(2, 3, 5, 4).half()}, ValueError, "g_fwd: expected torch.float32 or the dtype of q, torch.float32"),
         ({"g_fwd": torch.zeros(2, 3, 5, 4).double()}, ValueError, "g_fwd: expected torch.float32 or the dtype of q"),
         ({"g_fwd": torch.zeros(2, 3, 5, 4, device="meta")}, ValueError, "g_fwd: expected the device of q, cpu, got meta"),
+        ({"scale": torch.tensor(1.0)}, TypeError, "scale: expected a number or None, got a Tensor; multiply q by it instead"),
         ({"scale": float("nan")}, ValueError, "scale: expected a finite number or None (K ** -0.5), got nan"),
         ({"backend": "fast"}, ValueError, "unknown backend 'fast'; choose one of ('auto', 'naive', 'chunked', 'fused')"),
     ],

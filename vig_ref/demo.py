@@ -164,7 +164,8 @@ def side_by_side(data: Digits, backends: tuple[str, str]) -> dict[str, Any]:
     Rounding is all that may tell them apart. Each operation rounds by u of its result (2^-53 in float64, 2^-24 in
     float32), and the longest chain of them, from a pixel to the loss, passes `depth` blocks, each with sums over
     T tokens and over D channels; each step of training adds one more passage. So the losses of step n may differ by
-    n * depth * (T + D) * u of their size: an estimate from above, since roundings rarely all point one way.
+    n * depth * (T + D) * u of their size: a generous estimate, since roundings rarely all point one way, but no proof,
+    since AdamW can magnify the rounding of a small gradient.
 
     On the CPU this is float64, because in float32 a real mistake would hide there: with the gates of both directions
     swapped in one layer, these losses differ by 1e-6. The compiled fused layer has float32 only. What neither can see:
@@ -178,7 +179,8 @@ def side_by_side(data: Digits, backends: tuple[str, str]) -> dict[str, Any]:
     batches = zip(one.batches(), two.batches(), strict=True)
     steps = []
     for n, (batch, same) in zip(range(1, SIDE_BY_SIDE_STEPS + 1), batches, strict=False):
-        losses = one.step(batch), two.step(same)
+        with torch.backends.cudnn.flags(allow_tf32=False):  # PyTorch lets convolutions use tf32 unless told otherwise
+            losses = one.step(batch), two.step(same)
         steps.append({"losses": losses, "difference": abs(losses[0] - losses[1]), "bound": n * unit * losses[0]})
     agree = all(step["difference"] <= step["bound"] for step in steps)
     return {"backends": backends, "dtype": str(data.x.dtype).removeprefix("torch."), "agree": agree, "steps": steps}

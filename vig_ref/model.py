@@ -323,7 +323,7 @@ class ViG(Backbone):
         super().__init__(
             config, num_features=config.dim, num_classes=num_classes, img_size=img_size, in_chans=in_chans
         )
-        self.grid = self.grid_of(*(img_size if isinstance(img_size, tuple) else (img_size, img_size)))
+        self.grid = self.grid_of(*((img_size, img_size) if isinstance(img_size, int) else img_size))
         self.patch_embed = PatchEmbed(config.dim, config.patch_size, in_chans)
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], config.dim))
         self.blocks = nn.Sequential(*(

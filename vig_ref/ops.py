@@ -50,7 +50,7 @@ def bidirectional_gla(
     """
     scale = _check(q, k, v, {"g_fwd": g_fwd, "g_rev": g_rev}, scale)
     layer = load_backend(backend, q.device)
-    # The precision is that of the tensors given, in every layer. (There is no autocast for the meta device.)
+    # The precision is that of the tensors given. (There is no autocast for the meta device.)
     with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
         return layer.bidirectional_gla(q, k, v, g_fwd, g_rev, scale=scale)
 
@@ -139,6 +139,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], scale: flo
         if x.dtype not in (torch.float32, q.dtype) or (q.dtype == torch.float64) != (x.dtype == torch.float64):
             allowed = torch.float64 if q.dtype == torch.float64 else f"torch.float32 or the dtype of q, {q.dtype}"
             raise ValueError(f"{name}: expected {allowed}, got {x.dtype}; convert it with .to()")
+    if isinstance(scale, Tensor):
+        raise TypeError("scale: expected a number or None, got a Tensor; multiply q by it instead")
     if scale is None:
         return q.shape[3] ** -0.5
     if not math.isfinite(scale):

@@ -14,7 +14,8 @@ A result X is compared with X64, the naive recurrence in float64 *on the very va
            which add up.
     u_out  unit roundoff of the stored result; eta, its smallest useful magnitude.
 
-The gradient of a gate is a difference of sums over a chunk, so its gauge is the sum of what is subtracted:
+The gradient of a gate is a difference of sums over a chunk, so its gauge is the sum of all that is
+subtracted, and 1 takes the place of 4:
 
     G_dg[t] = sum of |q| G_dq + |k| G_dk over the tokens of the chunk from t on, plus G of the chunk's last state
 
@@ -111,8 +112,9 @@ def bounds(
     N = -(-q.shape[2] // chunk)
     unit = u_dot + u_sum * (1 + L + N)
     dtypes = dict(zip(NAMES, (x.v.dtype, *(t.dtype for t in x[:5])), strict=True))
+    factor = {name: 1 if name.startswith("dg") else 4 for name in NAMES}
     return {
-        name: 4 * unit * gauge[name] + UNIT[dtypes[name]] * exact[name].abs() + ETA[dtypes[name]]
+        name: factor[name] * unit * gauge[name] + UNIT[dtypes[name]] * exact[name].abs() + ETA[dtypes[name]]
         for name in NAMES
     }
 

@@ -25,9 +25,11 @@ def bidirectional_gla(
     q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor, g_rev: Tensor, *, scale: float, chunk_size: int = 64
 ) -> Tensor:
     """Eq. 6: the mean of a scan from the first token and one from the last. See `vig_ref.bidirectional_gla`."""
+    dtype, wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
+    q, k, v, g_fwd, g_rev = (x.to(wide) for x in (q, k, v, g_fwd, g_rev))  # round to half precision once, at the end
     o_fwd = gla(q, k, v, g_fwd, reverse=False, scale=scale, chunk_size=chunk_size)
     o_rev = gla(q, k, v, g_rev, reverse=True, scale=scale, chunk_size=chunk_size)
-    return (o_fwd + o_rev) / 2
+    return ((o_fwd + o_rev) / 2).to(dtype)
 
 
 def gla(
@@ -49,15 +51,15 @@ def gla(
 
     # 2. What each chunk alone adds to the state at its far edge.
     to_edge = torch.exp(decay_from(g, reverse))  # decay from token j to the end of its chunk  [B, H, N, C, K]
-    dS = (k * to_edge).mT @ v  # [B, H, N, K, V]
+    S_own = (k * to_edge).mT @ v  # [B, H, N, K, V]
 
     # 3. The state that enters each chunk: the recurrence of Eq. 5, one step a chunk instead of one a token.
-    total = torch.exp(g.sum(-2))[..., None]  # decay over a whole chunk  [B, H, N, K, 1]
-    S = torch.zeros_like(dS[:, :, 0])
-    S_in = [S] * dS.shape[2]
+    total = g.sum(-2)[..., None]  # log decay over a whole chunk  [B, H, N, K, 1]
+    S = torch.zeros_like(S_own[:, :, 0])
+    S_in = [S] * S_own.shape[2]
     for n in reversed(range(len(S_in))) if reverse else range(len(S_in)):
         S_in[n] = S
-        S = total[:, :, n] * S + dS[:, :, n]
+        S = torch.exp(total[:, :, n]) * S + S_own[:, :, n]
 
     # 4. Across chunks: each token reads the state that entered its chunk, decayed down to the token itself.
     o = o + (q * torch.exp(decay_to(g, reverse))) @ torch.stack(S_in, dim=2)

@@ -86,7 +86,8 @@ def _dot(a, b, ACC: tl.constexpr, DOT: tl.constexpr):
 @triton.jit
 def _round_to_tf32(x):
     """The tensor cores cut a float32 off after 10 bits; adding half of the last one first rounds it to nearest."""
-    return (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    rounded = (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)  # a NaN of all ones would wrap around to -0
 
 
 @triton.jit

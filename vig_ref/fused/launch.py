@@ -12,8 +12,8 @@ from vig_ref.fused import kernels
 
 #: Tokens per chunk: the smallest tile that the tensor cores take, hence the fewest halvings.
 CHUNK = 16
-#: The tiles that hold a state in registers, (rows BK, columns BV): warps. The first with K <= BK and V <= BV is taken; a
-#: larger V is cut into blocks of BV. The first two are the heads of ViG-H and ViG.
+#: The tiles that hold a state in registers, (rows BK, columns BV): warps. The first that is large enough is taken; a V
+#: larger than all is cut into blocks. The first two are the heads of ViG-H and ViG.
 TILES = {(16, 32): 2, (32, 64): 4, (128, 64): 8}
 MAX_K = max(BK for BK, _ in TILES)
 PRECISIONS = ("ieee", "tf32")
@@ -28,7 +28,7 @@ def bidirectional_gla(
 
     Args:
         precision: the products of float32 inputs, "ieee" or "tf32". float16 inputs always use tf32 operands (scores of
-            large inputs do not fit in float16), bfloat16 inputs bfloat16 ones.
+            large inputs do not fit in float16), bfloat16 inputs bfloat16 ones. The interpreter multiplies in float32.
 
     Raises:
         ValueError: a device, dtype, K or V that the kernel does not take, or an unknown precision.
@@ -49,6 +49,8 @@ def _checked(
     instead = "choose backend='chunked' or 'naive'"
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose one of {PRECISIONS}")
+    if INTERPRETED and precision != "ieee":
+        raise ValueError(f"precision {precision!r} needs a GPU; Triton's interpreter multiplies as 'ieee' only")
     if not INTERPRETED and q.device.type != "cuda":
         raise ValueError(
             f"backend 'fused' needs CUDA tensors, got {q.device.type}; {instead}, or set TRITON_INTERPRET=1 before "
@@ -68,9 +70,10 @@ def _forward(
     o = _empty(v)
     if o.numel():
         options = _options(q, v, g_fwd, g_rev, precision)
-        kernels.forward_kernel[_grid(v, options)](
-            *(_strided(x) for x in (q, k, v, g_fwd, g_rev, o)), _states(v, options), scale, *_sizes(q, v), **options
-        )
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            kernels.forward_kernel[_grid(v, options)](
+                *(_strided(x) for x in (q, k, v, g_fwd, g_rev, o)), _states(v, options), scale, *_sizes(q, v), **options
+            )
     return o
 
 
@@ -85,13 +88,14 @@ def _backward(
         return grads
     options = _options(q, v, g_fwd, g_rev, precision)
     blocks = _grid(v, options)[1]
-    parts = grads if blocks == 1 else [dv if x is v else _parts(x, blocks) for x, dv in zip(inputs, grads, strict=True)]
+    parts = grads if blocks == 1 else [grad if n == 2 else _parts(inputs[n], blocks) for n, grad in enumerate(grads)]
     dq, dk, dv, *dg = (_strided(x) for x in parts)
-    kernels.backward_kernel[_grid(v, options)](
-        *(_strided(x) for x in (q, k, v, g_fwd, g_rev, do)),
-        dq, dk, dv, None if g_fwd is None else dg[0], None if g_rev is None else dg[-1],
-        _states(v, options), _states(v, options), scale, *_sizes(q, v), **options,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        kernels.backward_kernel[_grid(v, options)](
+            *(_strided(x) for x in (q, k, v, g_fwd, g_rev, do)),
+            dq, dk, dv, None if g_fwd is None else dg[0], None if g_rev is None else dg[-1],
+            _states(v, options), _states(v, options), scale, *_sizes(q, v), **options,
+        )  # fmt: skip
     for grad, part in zip(grads, parts, strict=True):
         if part is not grad:
             grad.copy_(part.unflatten(0, (blocks, -1)).sum(0))
@@ -166,7 +170,7 @@ def _options(q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, p
     if not INTERPRETED and torch.cuda.get_device_capability(q.device) < (8, 0):
         raise ValueError("backend 'fused' needs a GPU of compute capability 8.0 or newer; choose 'chunked' or 'naive'")
     K, V = q.shape[3], min(v.shape[3], max(BV for _, BV in TILES))
-    tile = next(tile for tile in TILES if K <= tile[0] and V <= tile[1])
+    tile = next((BK, BV) for BK, BV in TILES if BK >= K and BV >= V)
     dot = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(q.dtype, precision)
     if INTERPRETED:
         dot = "ieee"  # the interpreter multiplies the bit patterns of bfloat16
