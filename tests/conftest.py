@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("fast", max_examples=5, **COMMON)
-settings.register_profile("ci", max_examples=30, derandomize=True, **COMMON)
+settings.register_profile("ci", max_examples=12, derandomize=True, **COMMON)
 settings.register_profile("deep", max_examples=1000, **COMMON)
 settings.load_profile("fast")  # what plain pytest runs; --hypothesis-profile overrides it
 # For tests/mutants.py, which asks whether a bug is seen, not which example shows it best.
@@ -63,6 +63,7 @@ ALLOWED_SKIPS = (
     "the compiled layer takes no float64",
     "needs the extra '",
     "another test of this file has failed",
+    "Triton before 3.7 cannot interpret loops",
 )
 
 

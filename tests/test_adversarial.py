@@ -47,11 +47,8 @@ def integers(layer: str, *sizes: int) -> Inputs:
 
 
 def half_precision_passes(layer: str, x: Inputs, name: str, scale: float = 0.5):
-    """Only the elementwise bound: it knows the rounding of a stored result, the RMS limits do not.
-
-    The chunked layer rounds each direction before it adds the two, which counts like rounding the products' operands.
-    """
-    dot = "ieee" if layer == "fused" and launch.INTERPRETED else name
+    """Only the elementwise bound: it knows the rounding of a stored result, the RMS limits do not."""
+    dot = name if layer == "fused" and not launch.INTERPRETED else "ieee"
     got = evaluate(LAYERS[layer].bidirectional_gla, x, scale=scale)
     ratios = worst_ratios(got, x, scale=scale, chunk=CHUNK[layer], dot=dot)
     assert max(ratios.values()) <= 1, ratios
@@ -180,7 +177,6 @@ def test_14_offset_beyond_32_bits(dim, tmp_path):
     sizes = [1, 1, 1, 3]
     sizes[dim] = 3
     x = on("fused", *sizes, 4)
-    expected = evaluate(bidirectional_gla, x, backend="fused")
     n = 2**31 + 16
     if launch.INTERPRETED:
         memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=n)
@@ -189,8 +185,7 @@ def test_14_offset_beyond_32_bits(dim, tmp_path):
     strides = [0, 0, 0, 1]
     strides[dim] = 2**30
     far = memory.as_strided(x.q.shape, strides).copy_(x.q)
-    got = evaluate(bidirectional_gla, x._replace(q=far), backend="fused")
-    assert all(torch.equal(got[name], expected[name]) for name in NAMES)
+    judge("fused", x._replace(q=far), scale=1)
 
 
 def test_15_more_sequences_than_the_second_grid_axis_holds():
@@ -456,6 +451,8 @@ def test_37_the_first_token_reaches_the_last(layer):
 @pytest.mark.gpu
 def test_38_interpreter_equals_compiler(tmp_path):
     """The same source, two machines: they may differ by as much as each may err."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        pytest.skip("Triton before 3.7 cannot interpret loops beside numpy 2.4")
     code = """if True:
         import sys, torch
         from vig_ref import fused

@@ -34,10 +34,9 @@ aten = torch.ops.aten
 
 #: Operations that move numbers and compute nothing.
 MOVES = {
-    aten.alias, aten.cat, aten.clone, aten.constant_pad_nd, aten.copy_, aten.detach, aten.expand, aten.flip,
-    aten.new_zeros, aten.permute, aten.promote_types, aten.select, aten.select_backward, aten.slice,
-    aten.slice_backward, aten.squeeze, aten.stack, aten.t, aten.transpose, aten.unsqueeze, aten.view,
-    aten._unsafe_view, aten.zeros, aten.zeros_like,
+    aten.alias, aten.cat, aten.clone, aten.constant_pad_nd, aten.detach, aten.expand, aten.flip, aten.new_zeros,
+    aten.promote_types, aten.select, aten.select_backward, aten.slice, aten.slice_backward, aten.squeeze, aten.stack,
+    aten.transpose, aten.unsqueeze, aten.view, aten._unsafe_view, aten.zeros_like,
 }  # fmt: skip
 
 
@@ -57,7 +56,7 @@ class Log:
 
 
 def exp(x):
-    return x.alpha if isinstance(x, Log) else {0: 1}[x]  # the only logarithm that is a plain number is padding
+    return x.alpha if isinstance(x, Log) else {0: 1}[x]  # the only logarithm that is a plain number is a padded 0
 
 
 class ExactNumbers(TorchDispatchMode):
@@ -79,10 +78,15 @@ class ExactNumbers(TorchDispatchMode):
         self.numbers.extend((values % self.p if self.p else values).flat)
         return torch.arange(first, len(self.numbers), dtype=torch.float64).reshape(values.shape)
 
+    def literal(self, x: float | Fraction) -> Fraction | int:
+        """A number of the source, such as a scale, without rounding."""
+        x = Fraction(x)
+        return x.numerator * pow(x.denominator, -1, self.p) if self.p else x
+
     def read(self, x: Tensor | float) -> np.ndarray:
-        """The numbers of a tensor; a scalar, which PyTorch may wrap into a tensor without dimensions, is itself."""
+        """The numbers of a tensor; a literal, which PyTorch may wrap into a tensor without dimensions, is itself."""
         if not isinstance(x, Tensor) or x.dim() == 0:
-            return np.asarray(int(x), dtype=object)
+            return np.asarray(self.literal(float(x)), dtype=object)
         places = x.long().flatten().tolist()
         values = np.empty(len(places), dtype=object)
         values[:] = [self.numbers[place] for place in places]
@@ -92,15 +96,11 @@ class ExactNumbers(TorchDispatchMode):
         operation = function.overloadpacket
         if operation in MOVES:
             return function(*args, **(kwargs or {}))
-        half = pow(2, -1, self.p) if self.p else Fraction(1, 2)
         rules = {
             aten.add: lambda a, b: self.read(a) + self.read(b),
-            aten.sub: lambda a, b: self.read(a) - self.read(b),
-            aten.neg: lambda a: -self.read(a),
             aten.mul: lambda a, b: self.read(a) * self.read(b),
-            aten.mm: lambda a, b: self.read(a) @ self.read(b),
             aten.bmm: lambda a, b: self.read(a) @ self.read(b),
-            aten.div: lambda a, two: self.read(a) * {2: half}[two if isinstance(two, int) else int(two)],
+            aten.div: lambda a, b: self.read(a) * self.literal(1 / Fraction(float(b))),
             aten.exp: lambda a: np.vectorize(exp, otypes=[object])(self.read(a)),
             aten.cumsum: lambda a, dim: self.read(a).cumsum(dim),
             aten.sum: lambda a, dim, keepdim=False: self.read(a).sum(tuple(d % a.dim() for d in dim), keepdims=keepdim),
@@ -135,7 +135,7 @@ def by_pairs(x: Inputs, scale: int, numbers: ExactNumbers) -> dict[str, np.ndarr
     """
     q, k, v, g_fwd, g_rev, do = (numbers.read(t) for t in x)
     T = q.shape[2]
-    half = scale * (pow(2, -1, numbers.p) if numbers.p else Fraction(1, 2))
+    half = numbers.literal(Fraction(scale, 2))
     got = {name: np.zeros_like(t) for name, t in zip(NAMES, (v, q, k, v, q, q), strict=True)}
     dA = do @ v.swapaxes(2, 3) * half  # [B, H, T, T]
     for g, dg, order in ((g_fwd, "dg_fwd", range(T)), (g_rev, "dg_rev", range(T - 1, -1, -1))):

@@ -143,6 +143,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], scale: flo
         raise TypeError("scale: expected a number or None, got a Tensor; multiply q by it instead")
     if scale is None:
         return q.shape[3] ** -0.5
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # torch.compile knows no math.isfinite
         raise ValueError(f"scale: expected a finite number or None (K ** -0.5), got {scale}")
     return float(scale)

@@ -12,10 +12,12 @@ A result X is compared with X64, the naive recurrence in float64 *on the very va
            into a relative one. Resets are left out (exp(-inf) is exact), and L stops where exp() underflows to 0.
     N      chunks in the sequence: a state is rounded at every chunk's edge, and equal tokens make equal roundings,
            which add up.
+    4      the most operands that are rounded on the way of one term: do and v to a score, the score and a decayed key
+           to dq, from which dg follows.
     u_out  unit roundoff of the stored result; eta, its smallest useful magnitude.
 
 The gradient of a gate is a difference of sums over a chunk, so its gauge is the sum of all that is
-subtracted, and 1 takes the place of 4:
+subtracted:
 
     G_dg[t] = sum of |q| G_dq + |k| G_dk over the tokens of the chunk from t on, plus G of the chunk's last state
 
@@ -112,9 +114,8 @@ def bounds(
     N = -(-q.shape[2] // chunk)
     unit = u_dot + u_sum * (1 + L + N)
     dtypes = dict(zip(NAMES, (x.v.dtype, *(t.dtype for t in x[:5])), strict=True))
-    factor = {name: 1 if name.startswith("dg") else 4 for name in NAMES}
     return {
-        name: factor[name] * unit * gauge[name] + UNIT[dtypes[name]] * exact[name].abs() + ETA[dtypes[name]]
+        name: 4 * unit * gauge[name] + UNIT[dtypes[name]] * exact[name].abs() + ETA[dtypes[name]]
         for name in NAMES
     }
 
