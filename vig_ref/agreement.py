@@ -114,15 +114,7 @@ def measure(layer: Layer, got: dict[str, Tensor], x: tolerance.Inputs, scale: fl
     exact = tolerance.reference(x, scale=scale)
     bound = bounds(layer, x, exact, scale)
     rms = tolerance.rms_ratios(got, exact, tolerance.RMS_LIMIT[rms_kind(layer, x)])
-    return {name: Measure(*nearest(got[name], exact[name], bound[name]), rms[name]) for name in NAMES}
-
-
-def nearest(got: Tensor, expected: Tensor, bound: Tensor) -> tuple[float, float, float]:
-    """Error / bound, error and bound at the element where the first is largest. NaN anywhere is an infinite ratio."""
-    error = (got.double() - expected).abs()
-    ratio = torch.where(error == 0, 0.0, error / bound).nan_to_num(nan=torch.inf, posinf=torch.inf).flatten()
-    n = ratio.argmax()
-    return ratio[n].item(), error.flatten()[n].item(), bound.flatten()[n].item()
+    return {name: Measure(*tolerance.nearest(got[name], exact[name], bound[name]), rms[name]) for name in NAMES}
 
 
 def rms_kind(layer: Layer, x: tolerance.Inputs) -> str:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from vig_ref import agreement
-from vig_ref.agreement import ARITHMETICS, Layer, Measure, measure, nearest
+from vig_ref.agreement import ARITHMETICS, Layer, Measure, measure
 from vig_ref.model import create_model
-from vig_ref.tolerance import NAMES, REGIMES, Inputs, evaluate, reference
+from vig_ref.tolerance import NAMES, REGIMES, Inputs, evaluate, nearest, reference
 
 SCALE = 0.5  # a power of two: exact in every arithmetic
 #: [T, K, V]. One token; a chunk and one token more; lengths off every chunk; K and V off every tile, then ViG-T's own.

@@ -126,12 +126,15 @@ def worst_ratios(
     """The largest |X - X64| / bound for each result: at most 1 passes; NaN anywhere counts as infinite."""
     exact = reference(x, scale=scale)
     bound = bounds(x, exact, scale=scale, chunk=chunk, dot=dot)
-    ratios = {}
-    for name in NAMES:
-        error = (got[name].double() - exact[name]).abs()
-        ratio = torch.where(error == 0, 0.0, error / bound[name]).nan_to_num(nan=_INF, posinf=_INF)
-        ratios[name] = ratio.max().item() if ratio.numel() else 0.0
-    return ratios
+    return {name: nearest(got[name], exact[name], bound[name])[0] if got[name].numel() else 0.0 for name in NAMES}
+
+
+def nearest(got: Tensor, expected: Tensor, bound: Tensor) -> tuple[float, float, float]:
+    """Error / bound, error and bound at the element where the first is largest. NaN anywhere is an infinite ratio."""
+    error = (got.double() - expected).abs()
+    ratio = torch.where(error == 0, 0.0, error / bound).nan_to_num(nan=_INF, posinf=_INF).flatten()
+    n = ratio.argmax()
+    return ratio[n].item(), error.flatten()[n].item(), bound.flatten()[n].item()
 
 
 def rms_ratios(got: dict[str, Tensor], exact: dict[str, Tensor], limit: float) -> dict[str, float]:
