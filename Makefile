@@ -1,4 +1,4 @@
-# make demo | make test | make lint: each makes .venv if it is missing and installs what it needs, once.
+# make demo, test, lint, docs or tutorials: each makes .venv if it is missing and installs what it needs, once.
 # Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 # More on a larger machine: make test JOBS=8
 JOBS ?= 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs tutorials clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed-demo
@@ -20,6 +20,15 @@ test: .venv/.installed-test
 lint: .venv/.installed-test
 	$(BIN)/ruff check
 	$(BIN)/pyright
+
+# Into out/site. Without --quiet, which would hide what --strict counts; the variable silences an advertisement.
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open out/site/index.html"
+
+# The chapters in JupyterLab, in a browser.
+tutorials: .venv/.installed-tutorials
+	$(BIN)/jupyter lab --notebook-dir=tutorials
 
 clean:
 	rm -rf .venv out

@@ -6,16 +6,23 @@ not change the function; then `equivalent_because` argues it, and the run shows 
 
     python tests/mutants.py                                        all of them, a line each
     python tests/mutants.py --only carry halving                   those whose name contains a word
-    python tests/mutants.py --report docs/results/mutation.json    and write the record
+    python tests/mutants.py --report docs/results/mutation.json    every method on each, and write the record
     python tests/mutants.py --table docs/results/mutation.json     print the record as a table, method by method
 
-An anchor that is not found exactly once in its file is an error: the list follows the source.
+The tests are also run without any bug, and must pass then. They need their packages, but neither a GPU nor vig_ref
+installed; `--jobs 14` suits a machine with 16 cores, and `--report FILE --resume` goes on after an interruption. An
+anchor that is not found exactly once in its file is an error: the list follows the source.
 """
 
 import argparse
 import concurrent.futures
+import datetime
+import importlib.metadata
 import json
 import os
+import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +38,7 @@ ROOT = Path(__file__).parent.parent
 METHODS = {
     "tests/test_ops.py": "contract",
     "tests/test_exact.py": "exact arithmetic",
+    "tests/test_segments.py": "segments and paths",
     "tests/test_layers.py": "oracle and bound",
     "tests/test_laws.py": "laws",
     "tests/test_fused.py": "memory and registration",
@@ -55,6 +63,9 @@ class Mutant(NamedTuple):
 
 
 CHUNKED = "vig_ref/chunked/chunks.py"
+BLOCKS = "vig_ref/fused/blocks.py"
+HALVING = "vig_ref/fused/halving.py"
+ANCHORED = "vig_ref/fused/anchored.py"
 KERNELS = "vig_ref/fused/kernels.py"
 LAUNCH = "vig_ref/fused/launch.py"
 
@@ -91,80 +102,214 @@ MUTANTS = [
     Mutant("chunked: decay_from keeps the token's own gate", CHUNKED, "    return decay_to(after, not reverse)", "    return decay_to(g, not reverse)"),
     Mutant("chunked: padding forgets", CHUNKED, "(1 << (C - 1).bit_length()) - C))", "(1 << (C - 1).bit_length()) - C), value=-1.0)"),
     Mutant("chunked: last chunk dropped", CHUNKED, "N = max(1, -(-x.shape[2] // C))", "N = max(1, x.shape[2] // C)"),
-    # Kernels: memory.
-    Mutant("kernels: no mask at the end of the sequence", KERNELS, "(rows < T)[:, None] & (cols < D)[None, :]", "(rows < T + 1)[:, None] & (cols < D)[None, :]"),
-    Mutant("kernels: no mask at the last feature", KERNELS, "(rows < T)[:, None] & (cols < D)[None, :]", "(rows < T)[:, None] & (cols < D + 1)[None, :]"),
-    Mutant("kernels: one token too few", KERNELS, "(rows < T)[:, None] & (cols < D)[None, :]", "(rows < T - 1)[:, None] & (cols < D)[None, :]"),
-    Mutant("kernels: strides of token and feature swapped", KERNELS, "rows[:, None] * stride_t + cols[None, :] * stride_d", "rows[:, None] * stride_d + cols[None, :] * stride_t"),
-    Mutant("kernels: feature stride taken as 1", KERNELS, "cols[None, :] * stride_d, (rows", "cols[None, :], (rows"),
-    Mutant("kernels: batch stride for heads", KERNELS, "i_b * stride_b + i_h * stride_h", "i_b * stride_b + i_h * stride_b"),
-    Mutant("kernels: padding is one", KERNELS, "mask=mask, other=0.0)", "mask=mask, other=1.0)"),
-    Mutant("kernels: states of neighbours overlap", KERNELS, "p_states + i * BK * BV +", "p_states + i * BK +"),
-    Mutant("kernels: clamp far too early", KERNELS, "* LOG2E, -LIMIT, propagate_nan", "* LOG2E, -LIMIT / 100, propagate_nan"),
-    Mutant("kernels: no clamp", KERNELS, "tl.maximum(_load(g, i_t, T, K, C, BK, ACC) * LOG2E, -LIMIT, propagate_nan=tl.PropagateNan.ALL)", "_load(g, i_t, T, K, C, BK, ACC) * LOG2E"),
-    Mutant("kernels: natural gates taken as base 2", KERNELS, "_load(g, i_t, T, K, C, BK, ACC) * LOG2E", "_load(g, i_t, T, K, C, BK, ACC)"),
-    Mutant("kernels: log2(e) off in the fourth digit", KERNELS, "1.4426950408889634", "1.4427950408889634"),
-    # Kernels: sums of gates.
-    Mutant("kernels: inclusive sum becomes exclusive", KERNELS, "return t >= i if REVERSE else t <= i", "return t > i if REVERSE else t < i"),
-    Mutant("kernels: inclusive sum of the wrong side", KERNELS, "return t >= i if REVERSE else t <= i", "return t <= i if REVERSE else t >= i"),
-    Mutant("kernels: halving forward, late half exclusive", KERNELS, "M = (right & (middle <= t) & (t <= i)) |", "M = (right & (middle <= t) & (t < i)) |"),
-    Mutant("kernels: halving forward, early half inclusive", KERNELS, "(~right & (i < t) & (t < middle))\n        late = right", "(~right & (i <= t) & (t < middle))\n        late = right"),
-    Mutant("kernels: halving reverse, late half exclusive", KERNELS, "(~right & (i <= t) & (t < middle))\n        late = ~right", "(~right & (i < t) & (t < middle))\n        late = ~right"),
-    Mutant("kernels: halving reverse, early half inclusive", KERNELS, "M = (right & (middle <= t) & (t < i)) |", "M = (right & (middle <= t) & (t <= i)) |"),
-    Mutant("kernels: halving reads across blocks", KERNELS, "return M, late, block == t // (2 * half)", "return M, late, block >= t // (2 * half)"),
-    Mutant("kernels: middle off by one", KERNELS, "middle = block * (2 * half) + half", "middle = block * (2 * half) + half + 1"),
-    Mutant("kernels: sums lose precision", KERNELS, 'return tl.dot(M.to(ACC), g, input_precision="ieee", out_dtype=ACC)', 'return tl.dot(M.to(ACC), g.to(tl.float16).to(ACC), input_precision="ieee", out_dtype=ACC)'),
-    # Kernels: states and scores.
-    Mutant("kernels: state never decays", KERNELS, "return tl.exp2(tl.sum(g, 0))[:, None] * S +", "return S +"),
-    Mutant("kernels: state loses the past", KERNELS, "return tl.exp2(tl.sum(g, 0))[:, None] * S +", "return 0 * S +"),
-    Mutant("kernels: key without decay to the edge", KERNELS, "return _carry(S, g, k * tl.exp2(_sums(~_met(C, REVERSE), g, ACC)), v, ACC, DOT)", "return _carry(S, g, k, v, ACC, DOT)"),
-    Mutant("kernels: key decays with its own gate too", KERNELS, "k * tl.exp2(_sums(~_met(C, REVERSE), g, ACC)), v", "k * tl.exp2(_sums(_met(C, not REVERSE), g, ACC)), v"),
-    Mutant("kernels: scores keep the wrong half", KERNELS, "_dot(tl.where(late, q * E, 0.0), tl.trans(tl.where(late, 0.0, k * E)), ACC, DOT)", "_dot(tl.where(late, 0.0, q * E), tl.trans(tl.where(late, k * E, 0.0)), ACC, DOT)"),
-    Mutant("kernels: scores without blocks", KERNELS, "A += tl.where(same, _dot(tl.where(late, q * E, 0.0), tl.trans(tl.where(late, 0.0, k * E)), ACC, DOT), 0.0)", "A += _dot(tl.where(late, q * E, 0.0), tl.trans(tl.where(late, 0.0, k * E)), ACC, DOT)"),
-    # Kernels: the forward pass.
-    Mutant("forward: token counted once in two directions", KERNELS, "b_o = (FWD + REV) * tl.sum", "b_o = tl.sum"),
-    Mutant("forward: S_rev stored after its chunk", KERNELS, "            tl.store(_edge(p_S_rev, i_state + n, BK, BV), S_rev)\n            b_k = _load(k, n * C, T, K, C, BK, ACC)\n            b_v = _load(v, n * C, T, V, C, BV, ACC)\n            b_g = _load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)\n            S_rev = _next_state(S_rev, b_k, b_v, b_g, True, C, ACC, DOT)\n        tl.debug", "            b_k = _load(k, n * C, T, K, C, BK, ACC)\n            b_v = _load(v, n * C, T, V, C, BV, ACC)\n            b_g = _load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)\n            S_rev = _next_state(S_rev, b_k, b_v, b_g, True, C, ACC, DOT)\n            tl.store(_edge(p_S_rev, i_state + n, BK, BV), S_rev)\n        tl.debug"),
-    Mutant("forward: scores of the reverse scan missing", KERNELS, "            A += _scores(b_q, b_k, b_g, True, C, LEVELS, ACC, DOT)\n", ""),
-    Mutant("forward: scores of the forward scan doubled", KERNELS, "            A += _scores(b_q, b_k, b_g, False, C, LEVELS, ACC, DOT)\n", "            A += 2 * _scores(b_q, b_k, b_g, False, C, LEVELS, ACC, DOT)\n"),
-    Mutant("forward: reverse state read with forward sums", KERNELS, "b_o += _dot(b_q * tl.exp2(_sums(_met(C, True), b_g, ACC)), S_rev, ACC, DOT)", "b_o += _dot(b_q * tl.exp2(_sums(_met(C, False), b_g, ACC)), S_rev, ACC, DOT)"),
-    Mutant("forward: result one percent small", KERNELS, "_store(o, b_o * scale, n * C", "_store(o, b_o * scale * 0.99, n * C"),
-    Mutant("forward: last level of halving missing", LAUNCH, '"LEVELS": CHUNK.bit_length() - 1,', '"LEVELS": CHUNK.bit_length() - 2,'),
-    # Kernels: the backward pass.
-    Mutant("backward: dg without the decayed state", KERNELS, "dg = tl.zeros_like(g) + (tl.exp2(tl.sum(g, 0)) * tl.sum(S * dS, 1))[None, :]", "dg = tl.zeros_like(g)"),
-    Mutant("backward: dg state term not decayed", KERNELS, "(tl.exp2(tl.sum(g, 0)) * tl.sum(S * dS, 1))[None, :]", "tl.sum(S * dS, 1)[None, :]"),
-    Mutant("backward: dg counts queries alone", KERNELS, "dg += _sums(tl.trans(M), qE * dqE + kE * dkE, ACC)", "dg += _sums(tl.trans(M), qE * dqE, ACC)"),
-    Mutant("backward: dg subtracts keys", KERNELS, "qE * dqE + kE * dkE, ACC)", "qE * dqE - kE * dkE, ACC)"),
-    Mutant("backward: dg sums not transposed", KERNELS, "dg += _sums(tl.trans(M), qE * dqE + kE * dkE, ACC)", "dg += _sums(M, qE * dqE + kE * dkE, ACC)"),
-    Mutant("backward: dg of the entering state missing", KERNELS, "    dg += _sums(tl.trans(M), qE * dqE, ACC)\n", ""),
-    Mutant("backward: dg of the leaving state missing", KERNELS, "    dg += _sums(tl.trans(M), kE * dkE, ACC)\n", ""),
-    Mutant("backward: dq without decay", KERNELS, "        dq += dqE * E\n        dk += dkE * E\n", "        dq += dqE\n        dk += dkE * E\n"),
-    Mutant("backward: dk of the chunk missing", KERNELS, "        dk += dkE * E\n        dg", "        dg"),
-    Mutant("backward: dk of the state missing", KERNELS, "    dk += dkE * E\n    dg", "    dg"),
-    Mutant("backward: dA not transposed", KERNELS, "_dot(tl.trans(dA_level), qE, ACC, DOT)", "_dot(dA_level, qE, ACC, DOT)"),
-    Mutant("backward: dA not masked by blocks", KERNELS, "dA_level = tl.where(same, dA, 0.0)", "dA_level = dA"),
-    Mutant("backward: scores not transposed in dv", KERNELS, "b_dv += _dot(tl.trans(A), b_do, ACC, DOT)", "b_dv += _dot(A, b_do, ACC, DOT)"),
-    Mutant("backward: dv of the state missing", KERNELS, "return dq, dk, dg, A, _dot(kE, dS, ACC, DOT), qE, kE", "return dq, dk, dg, A, 0 * _dot(kE, dS, ACC, DOT), qE, kE"),
-    Mutant("backward: own token once in dq and dk", KERNELS, "self_dA = (FWD + REV) * tl.sum(b_do * b_v, 1)", "self_dA = tl.sum(b_do * b_v, 1)"),
-    Mutant("backward: own token missing in dv", KERNELS, "b_dv = (FWD + REV) * tl.sum(b_q * b_k, 1)[:, None] * b_do", "b_dv = 0 * b_do"),
-    Mutant("backward: dq and dk of a token swapped", KERNELS, "        b_dq = self_dA * b_k\n        b_dk = self_dA * b_q\n", "        b_dq = self_dA * b_q\n        b_dk = self_dA * b_k\n"),
-    Mutant("backward: scale forgotten in dS_fwd", KERNELS, "            b_do = _load(do, n * C, T, V, C, BV, ACC) * scale\n            b_g", "            b_do = _load(do, n * C, T, V, C, BV, ACC)\n            b_g"),
-    Mutant("backward: dS_fwd decays as a key", KERNELS, "b_q * tl.exp2(_sums(_met(C, False), b_g, ACC)), b_do, ACC, DOT)", "b_q * tl.exp2(_sums(~_met(C, False), b_g, ACC)), b_do, ACC, DOT)"),
-    Mutant("backward: dS_rev carries the key", KERNELS, "dS_rev = _carry(dS_rev, b_g, from_edge, b_do, ACC, DOT)", "dS_rev = _carry(dS_rev, b_g, to_edge, b_do, ACC, DOT)"),
-    Mutant("backward: dS_fwd of the previous chunk", KERNELS, "dS_fwd = tl.load(_edge(p_dS_fwd, i_state + n, BK, BV))", "dS_fwd = tl.load(_edge(p_dS_fwd, i_state + tl.maximum(n - 1, 0), BK, BV))"),
+    # Blocks: memory.
+    Mutant("kernels: no mask at the end of the sequence", BLOCKS, "(rows < T - i_t)[:, None]", "(rows < T - i_t + 1)[:, None]"),
+    Mutant("kernels: no mask at the last feature", BLOCKS, "& (cols < D)[None, :]", "& (cols < D + 1)[None, :]"),
+    Mutant("kernels: one token too few", BLOCKS, "(rows < T - i_t)[:, None]", "(rows < T - i_t - 1)[:, None]"),
+    Mutant("kernels: strides of token and feature swapped", BLOCKS, "rows.to(tl.int64)[:, None] * stride_t + cols.to(tl.int64)[None, :] * stride_d", "rows.to(tl.int64)[:, None] * stride_d + cols.to(tl.int64)[None, :] * stride_t"),
+    Mutant("kernels: feature stride taken as 1", BLOCKS, "cols.to(tl.int64)[None, :] * stride_d", "cols.to(tl.int64)[None, :]"),
+    Mutant("kernels: batch stride for heads", BLOCKS, "i_b * stride_b + i_h * stride_h", "i_b * stride_b + i_h * stride_b"),
+    Mutant("kernels: a block of V starts where a stride of 1 would have it", BLOCKS, "+ i_d * stride_d, stride_t", "+ i_d, stride_t"),
+    Mutant("kernels: offsets of 32 bits", BLOCKS, "cols.to(tl.int64)[None, :] * stride_d", "cols[None, :] * stride_d"),
+    Mutant("kernels: padding is one", BLOCKS, "return tl.load(pointers, mask=mask, other=0.0)", "return tl.load(pointers, mask=mask, other=1.0)"),
+    Mutant("kernels: padding of transposed values is one", BLOCKS, "mask=tl.trans(mask), other=0.0)", "mask=tl.trans(mask), other=1.0)", "only v is loaded transposed, to be multiplied with k, which is 0 behind the end; columns behind the last feature are not stored"),
+    Mutant("kernels: states of neighbours overlap", BLOCKS, "p_states + i * BV * BK +", "p_states + i * BK +"),
+    Mutant("kernels: states lie transposed", BLOCKS, "tl.arange(0, BV)[:, None] * BK + tl.arange(0, BK)[None, :]", "tl.arange(0, BV)[:, None] + tl.arange(0, BK)[None, :] * BV"),
+    Mutant("kernels: nothing enters a segment", BLOCKS, "return tl.load(state(p_enter, i, BV, BK))", "return tl.zeros((BV, BK), ACC)"),
+    # Blocks: gates and their sums.
+    Mutant("kernels: clamp far too early", BLOCKS, "return tl.maximum(b_g, -LIMIT,", "return tl.maximum(b_g, -LIMIT / 100,"),
+    Mutant("kernels: no clamp", BLOCKS, "return tl.maximum(b_g, -LIMIT, propagate_nan=tl.PropagateNan.ALL)", "return b_g"),
+    Mutant("kernels: the clamp swallows NaN", BLOCKS, "tl.PropagateNan.ALL", "tl.PropagateNan.NONE"),
+    Mutant("kernels: natural gates taken as base 2", BLOCKS, ".to(ACC) * LOG2E", ".to(ACC)"),
+    Mutant("kernels: log2(e) off in the fourth digit", BLOCKS, "1.4426950408889634", "1.4427950408889634"),
+    Mutant("kernels: sums lose precision", BLOCKS, "return tl.dot(M.to(x.dtype), x, acc,", "return tl.dot(M.to(x.dtype), x.to(tl.float16).to(x.dtype), acc,"),
+    Mutant("kernels: inclusive sum becomes exclusive", BLOCKS, "return t <= i if OWN else t < i", "return t < i"),
+    Mutant("kernels: inclusive sum to the right becomes exclusive", BLOCKS, "return t >= i if OWN else t > i", "return t > i"),
+    Mutant("kernels: exclusive sum becomes inclusive", BLOCKS, "return t <= i if OWN else t < i", "return t <= i"),
+    Mutant("kernels: inclusive sum of the wrong side", BLOCKS, "return t <= i if OWN else t < i", "return t >= i if OWN else t > i"),
+    # Blocks: states.
+    Mutant("kernels: state never decays", BLOCKS, "* factor[None, :, :]", "* 1.0"),
+    Mutant("kernels: state decays by half a chunk", BLOCKS, "tl.full((ROWS, g.shape[0]), 1.0, g.dtype)", "tl.full((ROWS, g.shape[0]), 0.5, g.dtype)"),
+    Mutant("kernels: state loses the past", BLOCKS, "return dot(tl.trans(y), xE, decayed, DOT)", "return dot(tl.trans(y), xE, 0 * decayed, DOT)"),
+    Mutant("kernels: key without decay to the edge", BLOCKS, "xE = x.to(S.dtype) * exp2(sums(ahead(LEFT, OWN, g.shape[0]), g, DOT), DOT)", "xE = x.to(S.dtype)"),
+    Mutant("kernels: key decays with its own gate too", BLOCKS, "ahead(LEFT, OWN, g.shape[0])", "ahead(LEFT, True, g.shape[0])"),
+    Mutant("kernels: query decays without its own gate", BLOCKS, "ahead(LEFT, OWN, g.shape[0])", "ahead(LEFT, False, g.shape[0])"),
+    Mutant("kernels: key decays to the other edge", BLOCKS, "ahead(LEFT, OWN, g.shape[0])", "ahead(not LEFT, OWN, g.shape[0])"),
+    # The path for every gate: scores by halving.
+    Mutant("kernels: halving forward, late half exclusive", HALVING, "(right & (middle <= t) & (t <= i))", "(right & (middle <= t) & (t < i))"),
+    Mutant("kernels: halving forward, early half inclusive", HALVING, "(~right & (i < t) & (t < middle))", "(~right & (i <= t) & (t < middle))"),
+    Mutant("kernels: halving reverse, late half exclusive", HALVING, "(~right & (i <= t) & (t < middle))", "(~right & (i < t) & (t < middle))"),
+    Mutant("kernels: halving reverse, early half inclusive", HALVING, "(right & (middle <= t) & (t < i))", "(right & (middle <= t) & (t <= i))"),
+    Mutant("kernels: halving reads across blocks", HALVING, "return M, late, block == t // (2 * half)", "return M, late, block >= t // (2 * half)"),
+    Mutant("kernels: middle off by one", HALVING, "middle = block * (2 * half) + half", "middle = block * (2 * half) + half + 1"),
+    Mutant("kernels: scores keep the wrong half", HALVING, "dot(tl.where(late, q * E, 0.0), tl.trans(tl.where(late, 0.0, k * E)), zero, DOT)", "dot(tl.where(late, 0.0, q * E), tl.trans(tl.where(late, k * E, 0.0)), zero, DOT)"),
+    Mutant("kernels: scores without blocks", HALVING, "A += tl.where(same, dot(tl.where(late, q * E, 0.0), tl.trans(tl.where(late, 0.0, k * E)), zero, DOT), 0.0)", "A += dot(tl.where(late, q * E, 0.0), tl.trans(tl.where(late, 0.0, k * E)), zero, DOT)"),
+    # The path for every gate: the forward pass.
+    Mutant("forward: token counted once in two directions", HALVING, "b_o = (FWD + REV) * tl.sum", "b_o = tl.sum"),
+    Mutant("forward: reverse query decays without its own gate", HALVING, "b_qE = b_q * exp2(sums(ahead(False, True, C)", "b_qE = b_q * exp2(sums(ahead(False, False, C)"),
+    Mutant("forward: query decays without its own gate", HALVING, "b_qE = b_q * exp2(sums(ahead(True, True, C)", "b_qE = b_q * exp2(sums(ahead(True, False, C)"),
+    Mutant("forward: reverse state of the neighbouring chunk", HALVING, "tl.trans(tl.load(state(p_S_rev, n - start, BV, BK)))", "tl.trans(tl.load(state(p_S_rev, tl.maximum(n - start - 1, 0), BV, BK)))"),
+    Mutant("forward: reverse scores of the other direction", HALVING, "A += _scores(b_q, b_k, b_g, True, C, LEVELS, ACC, DOT)", "A += _scores(b_q, b_k, b_g, False, C, LEVELS, ACC, DOT)"),
+    Mutant("forward: scale forgotten where a program computes again", HALVING, "store(o, b_o * scale,", "store(o, b_o,"),
+    # The path for every gate: the backward pass.
+    Mutant("backward: dg without the decayed state", HALVING, "dg = zero_k + (tl.exp2(tl.sum(g, 0)) * tl.sum(S * dS, 0))[None, :]", "dg = zero_k"),
+    Mutant("backward: dg state term not decayed", HALVING, "(tl.exp2(tl.sum(g, 0)) * tl.sum(S * dS, 0))[None, :]", "tl.sum(S * dS, 0)[None, :]"),
+    Mutant("backward: dg counts queries alone", HALVING, "qE * dqE + kE * dkE, DOT)", "qE * dqE, DOT)"),
+    Mutant("backward: dg subtracts keys", HALVING, "qE * dqE + kE * dkE, DOT)", "qE * dqE - kE * dkE, DOT)"),
+    Mutant("backward: dg sums not transposed", HALVING, "dg += sums(tl.trans(M), qE * dqE + kE * dkE, DOT)", "dg += sums(M, qE * dqE + kE * dkE, DOT)"),
+    Mutant("backward: dg of the entering state missing", HALVING, "    dg += sums(tl.trans(M), q * E * dqE, DOT)\n", ""),
+    Mutant("backward: dg of the leaving state missing", HALVING, "    dg += sums(tl.trans(M), kE * dkE, DOT)\n", ""),
+    Mutant("backward: dq without decay", HALVING, "        dq += dqE * E\n        dk", "        dq += dqE\n        dk"),
+    Mutant("backward: dk of the chunk missing", HALVING, "        dk += dkE * E\n        dg", "        dg"),
+    Mutant("backward: dk of the state missing", HALVING, "    dk += dkE * E\n    dg", "    dg"),
+    Mutant("backward: dA not transposed", HALVING, "dot(tl.trans(dA_level), qE, zero_k, DOT)", "dot(dA_level, qE, zero_k, DOT)"),
+    Mutant("backward: dA not masked by blocks", HALVING, "dA_level = tl.where(same, dA, 0.0)", "dA_level = dA"),
+    Mutant("backward: scores not transposed in dv", HALVING, "b_dv = dot(tl.trans(A), b_do, b_dv, DOT)", "b_dv = dot(A, b_do, b_dv, DOT)"),
+    Mutant("backward: dv of the state missing", HALVING, "dot(kE, tl.trans(dS), tl.zeros_like(v), DOT)", "tl.zeros_like(v)"),
+    Mutant("backward: own token once in dq and dk", HALVING, "self_dA = (FWD + REV) * tl.sum(b_do * b_v, 1)", "self_dA = tl.sum(b_do * b_v, 1)"),
+    Mutant("backward: own token missing in dv", HALVING, "b_dv = (FWD + REV) * tl.sum(b_q * b_k, 1)[:, None] * b_do", "b_dv = 0 * b_do"),
+    Mutant("backward: dq and dk of a token swapped", HALVING, "        b_dq = self_dA * b_k\n        b_dk = self_dA * b_q\n", "        b_dq = self_dA * b_q\n        b_dk = self_dA * b_k\n"),
+    Mutant("backward: scale forgotten in dS_fwd", HALVING, "b_q = load(q, n * C, T, K, C, BK).to(ACC) * scale\n            b_do", "b_q = load(q, n * C, T, K, C, BK).to(ACC)\n            b_do"),
+    Mutant("backward: dS_fwd decays as a key", HALVING, "carry(dS_fwd, b_g, b_q, b_do, True, True,", "carry(dS_fwd, b_g, b_q, b_do, True, False,"),
+    Mutant("backward: dS_rev carries the key", HALVING, "carry(dS_rev, b_g, b_q, b_do,", "carry(dS_rev, b_g, b_k, b_do,"),
+    Mutant("backward: dS_fwd of the previous chunk", HALVING, "b_dS = tl.load(state(p_dS_fwd, n - start, BV, BK))", "b_dS = tl.load(state(p_dS_fwd, tl.maximum(n - start - 1, 0), BV, BK))"),
+    # The fast path: matrices and the step from middle to middle.
+    Mutant("anchored: reverse, right of the middle, own gate included", ANCHORED, "(middle <= t) & (t < i), -1.0", "(middle <= t) & (t <= i), -1.0"),
+    Mutant("anchored: reverse, left of the middle, own gate left out", ANCHORED, "(i <= t) & (t < middle), 1.0", "(i < t) & (t < middle), 1.0"),
+    Mutant("anchored: forward, right of the middle, own gate left out", ANCHORED, "(middle <= t) & (t <= i), 1.0", "(middle <= t) & (t < i), 1.0"),
+    Mutant("anchored: forward, left of the middle, own gate included", ANCHORED, "(i < t) & (t < middle), -1.0", "(i <= t) & (t < middle), -1.0"),
+    Mutant("anchored: no gate is counted negative", ANCHORED, "(i < t) & (t < middle), -1.0", "(i < t) & (t < middle), 1.0"),
+    Mutant("anchored: middle off by one", ANCHORED, "middle = C // 2\n", "middle = C // 2 + 1\n"),
+    Mutant("anchored: left half of seven gates", ANCHORED, "t < C // 2 if LEFT", "t < C // 2 - 1 if LEFT"),
+    Mutant("anchored: halves swapped", ANCHORED, "return t < C // 2 if LEFT else t >= C // 2", "return t >= C // 2 if LEFT else t < C // 2"),
+    Mutant("anchored: the far half of the last chunk is kept", ANCHORED, "exp2(before + near, DOT)", "exp2(near, DOT)"),
+    Mutant("anchored: the near half of this chunk is kept", ANCHORED, "exp2(before + near, DOT)", "exp2(before, DOT)"),
+    Mutant("anchored: the near half is forgotten twice", ANCHORED, ", BV, BK), far, lowest", ", BV, BK), near, lowest"),
+    Mutant("anchored: no exponent is looked at", ANCHORED, "    lowest = tl.minimum(lowest, tl.min(near + far, 1))\n", ""),
+    Mutant("anchored: only the last exponent is looked at", ANCHORED, "lowest = tl.minimum(lowest, tl.min(near + far, 1))", "lowest = tl.min(near + far, 1)"),
+    Mutant("anchored: the largest exponent is looked at", ANCHORED, "tl.min(near + far, 1)", "tl.max(near + far, 1)"),
+    Mutant("anchored: the far half is not looked at", ANCHORED, "tl.min(near + far, 1)", "tl.min(near, 1)"),
+    Mutant("anchored: the near half is not looked at", ANCHORED, "tl.min(near + far, 1)", "tl.min(far, 1)"),
+    Mutant("anchored: reverse, a token does not read itself", ANCHORED, "return i <= j if REVERSE else i >= j", "return i < j if REVERSE else i >= j"),
+    Mutant("anchored: forward, a token does not read itself", ANCHORED, "return i <= j if REVERSE else i >= j", "return i <= j if REVERSE else i > j"),
+    Mutant("anchored: reads what the scan has not met", ANCHORED, "return i <= j if REVERSE else i >= j", "return i >= j if REVERSE else i <= j"),
+    # The fast path: the forward pass.
+    Mutant("anchored: reverse state, keys grow where they decay", ANCHORED, "b_kE = b_k.to(ACC) * exp2(-sums(_middle(C, True), b_g, DOT), DOT)", "b_kE = b_k.to(ACC) * exp2(sums(_middle(C, True), b_g, DOT), DOT)"),
+    Mutant("anchored: reverse state of the neighbouring chunk", ANCHORED, "b_S = tl.load(state(p_S_rev, n - start, BV, BK))\n            b = ", "b_S = tl.load(state(p_S_rev, tl.maximum(n - start - 1, 0), BV, BK))\n            b = "),
+    Mutant("anchored: reverse scan from the left", ANCHORED, "n = end - 1 - i\n            b_k = load(", "n = start + i\n            b_k = load("),
+    Mutant("anchored: reverse query without decay", ANCHORED, "b_qE = b_q.to(ACC) * exp2(b, DOT)\n            A += tl.where(_reads(C, True)", "b_qE = b_q.to(ACC)\n            A += tl.where(_reads(C, True)"),
+    Mutant("anchored: reverse reads through the mask of forward", ANCHORED, "_reads(C, True), dot(b_qE", "_reads(C, False), dot(b_qE"),
+    Mutant("anchored: forward scores without a mask", ANCHORED, "A += tl.where(_reads(C, False), dot(b_qE, tl.trans(b_kE), tl.zeros_like(A), DOT), 0.0)", "A += dot(b_qE, tl.trans(b_kE), tl.zeros_like(A), DOT)"),
+    Mutant("anchored: what the reverse scan left is forgotten once more", ANCHORED, "    before = none\n    S = entering(p_enter, i_enter, BV, BK, ACC)", "    if not REV:\n        before = none\n    S = entering(p_enter, i_enter, BV, BK, ACC)"),
+    Mutant("anchored: forward key without decay", ANCHORED, "b_kE = b_k.to(ACC) * exp2(-b, DOT)\n", "b_kE = b_k.to(ACC)\n"),
+    Mutant("anchored: a token reads the state after its chunk", ANCHORED, "            b_o = dot(b_qE, tl.trans(S), b_o, DOT)\n            S = dot(b_vT, b_kE, S, DOT)\n", "            S = dot(b_vT, b_kE, S, DOT)\n            b_o = dot(b_qE, tl.trans(S), b_o, DOT)\n"),
+    Mutant("anchored: forward state loses the past", ANCHORED, "S = dot(b_vT, b_kE, S, DOT)", "S = dot(b_vT, b_kE, 0 * S, DOT)"),
+    Mutant("anchored: scale forgotten", ANCHORED, "store(o, b_o * scale,", "store(o, b_o,"),
+    # The fast path: gradients of a chunk.
+    Mutant("anchored: scale missing in the query of the gradients", ANCHORED, "q.to(ACC) * (E * scale), ACC", "q.to(ACC) * E, ACC"),
+    Mutant("anchored: keys of the gradients grow where they decay", ANCHORED, "E_inverse = exp2(-b, DOT)", "E_inverse = exp2(b, DOT)"),
+    Mutant("anchored: scores of dv through the other mask", ANCHORED, "A = tl.where(_reads(C, REVERSE)", "A = tl.where(_reads(C, not REVERSE)"),
+    Mutant("anchored: dA not masked", ANCHORED, "dA = operand(tl.where(_reads(C, REVERSE), dA, 0.0), ACC, DOT)", "dA = operand(dA, ACC, DOT)"),
+    Mutant("anchored: dv of the state missing", ANCHORED, "    dv = dot(kE, tl.trans(dS), dv, DOT)\n", ""),
+    Mutant("anchored: dA transposed in dq", ANCHORED, "dqE = dot(dA, kE, zero_k, DOT)", "dqE = dot(tl.trans(dA), kE, zero_k, DOT)"),
+    Mutant("anchored: dA not transposed in dk", ANCHORED, "dkE = dot(tl.trans(dA), qE, zero_k, DOT)", "dkE = dot(dA, qE, zero_k, DOT)"),
+    Mutant("anchored: pairs of dg add keys", ANCHORED, "* dqE - kE", "* dqE + kE"),
+    Mutant("anchored: pairs of dg without keys", ANCHORED, "pairs = qE.to(ACC) * dqE - kE.to(ACC) * dkE", "pairs = qE.to(ACC) * dqE"),
+    Mutant("anchored: dq without the state", ANCHORED, "dq = (dqE + reads) * (E * scale)", "dq = dqE * (E * scale)"),
+    Mutant("anchored: dq without scale", ANCHORED, "dq = (dqE + reads) * (E * scale)", "dq = (dqE + reads) * E"),
+    Mutant("anchored: dk without the state", ANCHORED, "dk = (dkE + writes) * E_inverse", "dk = dkE * E_inverse"),
+    Mutant("anchored: dk grows where it decays", ANCHORED, "dk = (dkE + writes) * E_inverse", "dk = (dkE + writes) * E"),
+    Mutant("anchored: dg without pairs", ANCHORED, "pairs + qE.to(ACC) * reads, DOT)", "qE.to(ACC) * reads, DOT)"),
+    Mutant("anchored: dg without reads", ANCHORED, "pairs + qE.to(ACC) * reads, DOT)", "pairs, DOT)"),
+    Mutant("anchored: dg without writes", ANCHORED, "    dg += sums(ahead(not REVERSE, False, C), kE.to(ACC) * writes, DOT)\n", ""),
+    Mutant("anchored: dg without the token's own reads", ANCHORED, "ahead(REVERSE, True, C), pairs", "ahead(REVERSE, False, C), pairs"),
+    Mutant("anchored: dg with the token's own writes", ANCHORED, "ahead(not REVERSE, False, C), kE", "ahead(not REVERSE, True, C), kE"),
+    Mutant("anchored: dg reads of the wrong side", ANCHORED, "ahead(REVERSE, True, C), pairs", "ahead(not REVERSE, True, C), pairs"),
+    Mutant("anchored: dg without <S, dS>", ANCHORED, "    dg += tl.sum(S.to(ACC) * dS.to(ACC), 0)[None, :]\n", ""),
+    # The fast path: the backward pass.
+    Mutant("anchored: S_rev again, keys grow where they decay", ANCHORED, "b_kE = load(k, n * C, T, K, C, BK).to(ACC) * exp2(-sums", "b_kE = load(k, n * C, T, K, C, BK).to(ACC) * exp2(sums"),
+    Mutant("anchored: dS_fwd without scale", ANCHORED, "(exp2(sums(_middle(C, False), b_g, DOT), DOT) * scale)", "exp2(sums(_middle(C, False), b_g, DOT), DOT)"),
+    Mutant("anchored: dS_fwd with the other middle", ANCHORED, "(exp2(sums(_middle(C, False), b_g, DOT), DOT) * scale)", "(exp2(sums(_middle(C, True), b_g, DOT), DOT) * scale)"),
+    Mutant("anchored: dS_fwd goes on from the gates of S_rev", ANCHORED, "_advance(dS_fwd, dS_before, lowest", "_advance(dS_fwd, S_before, lowest"),
+    Mutant("anchored: S_fwd goes on from the gates of dS_rev", ANCHORED, "_advance(S_fwd, S_before, lowest", "_advance(S_fwd, dS_before, lowest"),
+    Mutant("anchored: dS_fwd advances to the right", ANCHORED, "_advance(dS_fwd, dS_before, lowest, b_g, True", "_advance(dS_fwd, dS_before, lowest, b_g, False"),
+    Mutant("anchored: dS_rev advances to the left", ANCHORED, "_advance(dS_rev, dS_before, lowest, b_g, False", "_advance(dS_rev, dS_before, lowest, b_g, True"),
+    Mutant("anchored: S_fwd advances to the left", ANCHORED, "_advance(S_fwd, S_before, lowest, b_g, False", "_advance(S_fwd, S_before, lowest, b_g, True"),
+    Mutant("anchored: S_rev of the neighbouring chunk", ANCHORED, "b_S = tl.load(state(p_S_rev, n - start, BV, BK))\n            dS_rev", "b_S = tl.load(state(p_S_rev, tl.maximum(n - start - 1, 0), BV, BK))\n            dS_rev"),
+    Mutant("anchored: dS_fwd of the neighbouring chunk", ANCHORED, "b_dS = tl.load(state(p_dS_fwd, n - start, BV, BK))", "b_dS = tl.load(state(p_dS_fwd, tl.maximum(n - start - 1, 0), BV, BK))"),
+    Mutant("anchored: dA not of do and v", ANCHORED, "dA = dot(b_do, tl.trans(b_v),", "dA = dot(b_v, tl.trans(b_do),"),
+    Mutant("anchored: dS_rev carries v", ANCHORED, "dS_rev = dot(tl.trans(b_do), b_qE, dS_rev, DOT)", "dS_rev = dot(tl.trans(b_v), b_qE, dS_rev, DOT)"),
+    Mutant("anchored: S_fwd again, keys grow where they decay", ANCHORED, "S_fwd = dot(tl.trans(b_v), b_k.to(ACC) * exp2(-sums", "S_fwd = dot(tl.trans(b_v), b_k.to(ACC) * exp2(sums"),
+    Mutant("anchored: scores of reverse missing in dv", ANCHORED, "            A += part_A\n            store(dg_rev", "            store(dg_rev"),
+    Mutant("anchored: scores not transposed in dv", ANCHORED, "b_dv = dot(tl.trans(A), b_do, b_dv, DOT)", "b_dv = dot(A, b_do, b_dv, DOT)"),
+    Mutant("anchored: first gate of the forward scan not zero", ANCHORED, "tl.where(n * C + i == 0, 0.0, b_dg)", "b_dg"),
+    Mutant("anchored: first gate of the reverse scan not zero", ANCHORED, "tl.where(n * C + i == T - 1, 0.0, b_dg)", "b_dg"),
+    Mutant("anchored: first gate of every chunk zero", ANCHORED, "tl.where(n * C + i == 0, 0.0, b_dg)", "tl.where(i == 0, 0.0, b_dg)"),
+    Mutant("anchored: what enters dS_fwd enters dS_rev", ANCHORED, "i_enter + 3 * SEGMENTS", "i_enter + 2 * SEGMENTS"),
+    Mutant("anchored: what enters S_fwd enters S_rev", ANCHORED, "        S = entering(p_enter, i_enter + SEGMENTS, BV, BK, ACC)", "        S = entering(p_enter, i_enter, BV, BK, ACC)"),
+    # Kernels: which path.
+    Mutant("kernels: the forward pass computes again above the bound", KERNELS, "    if lowest < BOUND:\n        tl.debug_barrier()  # the fast path's last reads come before what is written over them\n        forward_halving", "    if lowest > BOUND:\n        tl.debug_barrier()  # the fast path's last reads come before what is written over them\n        forward_halving"),
+    Mutant("kernels: the backward pass computes again at twice the bound", KERNELS, "    if lowest < BOUND:\n        tl.debug_barrier()  # the fast path's last reads come before what is written over them\n        backward_halving", "    if lowest < 2 * BOUND:\n        tl.debug_barrier()  # the fast path's last reads come before what is written over them\n        backward_halving"),
+    # Kernels: offsets.
+    Mutant("kernels: every block of V reads the first", KERNELS, "v, o = sequence(v, i_b, i_h, i_v * BV),", "v, o = sequence(v, i_b, i_h, 0),"),
+    Mutant("kernels: a block of V ends where V does", KERNELS, "    if REV:\n        g_rev = sequence(g_rev, i_b, i_h, 0)\n    V -= i_v * BV\n", "    if REV:\n        g_rev = sequence(g_rev, i_b, i_h, 0)\n"),
     Mutant("backward: parts of two batches share memory", KERNELS, "i_part = i_v * (tl.num_programs(0) // H) + i_b", "i_part = i_v + i_b"),
-    # The launcher.
+    Mutant("backward: every block of V writes the first dv", KERNELS, "dv = sequence(dv, i_b, i_h, i_v * BV)", "dv = sequence(dv, i_b, i_h, 0)"),
+    Mutant("segments: states of a neighbour enter the forward pass", KERNELS, "i_enter = i_block * 2 * SEGMENTS + i_s", "i_enter = i_block * SEGMENTS + i_s"),
+    Mutant("segments: states of a neighbour enter the backward pass", KERNELS, "i_enter = i_block * 4 * SEGMENTS + i_s", "i_enter = i_block * 2 * SEGMENTS + i_s"),
+    Mutant("segments: every segment gets what enters the first", KERNELS, "i_enter = i_block * 2 * SEGMENTS + i_s", "i_enter = i_block * 2 * SEGMENTS"),
+    # Kernels: what each segment adds.
+    Mutant("segments: a last chunk that is not full adds nothing", KERNELS, "tl.cdiv(T, C))\n    S = tl.zeros((BV, BK), ACC)", "T // C)\n    S = tl.zeros((BV, BK), ACC)"),
+    Mutant("segments: S_rev from the left", KERNELS, "        if i_state == 1:\n            for i in tl.range(end - start, num_stages=STAGES):\n                n = end - 1 - i\n", "        if i_state == 1:\n            for i in tl.range(end - start, num_stages=STAGES):\n                n = start + i\n"),
+    Mutant("segments: S_fwd with the token's own gate", KERNELS, "carry(S, b_g, b_k, b_v, False, False,", "carry(S, b_g, b_k, b_v, False, True,"),
+    Mutant("segments: S_rev with the token's own gate", KERNELS, "carry(S, b_g, b_k, b_v, True, False,", "carry(S, b_g, b_k, b_v, True, True,"),
+    Mutant("segments: dS_fwd without the token's own gate", KERNELS, "carry(S, b_g, b_q, b_do, True, True,", "carry(S, b_g, b_q, b_do, True, False,"),
+    Mutant("segments: dS_rev without the token's own gate", KERNELS, "carry(S, b_g, b_q, b_do, False, True,", "carry(S, b_g, b_q, b_do, False, False,"),
+    Mutant("segments: dS_fwd in the place of dS_rev", KERNELS, "if i_state == 2:", "if i_state == 3:"),
+    Mutant("segments: scale forgotten in dS_fwd", KERNELS, ".to(ACC) * scale, load(do, n * C, T, V, C, BV)\n                    S = carry(S, b_g, b_q, b_do, True", ".to(ACC), load(do, n * C, T, V, C, BV)\n                    S = carry(S, b_g, b_q, b_do, True"),
+    Mutant("segments: every block of V adds the first", KERNELS, "k, v = sequence(k, i_b, i_h, 0), sequence(v, i_b, i_h, i_v * BV)", "k, v = sequence(k, i_b, i_h, 0), sequence(v, i_b, i_h, 0)"),
+    Mutant("segments: every block of V reads the first do", KERNELS, "q, do = sequence(q, i_b, i_h, 0), sequence(do, i_b, i_h, i_v * BV)", "q, do = sequence(q, i_b, i_h, 0), sequence(do, i_b, i_h, 0)"),
+    Mutant("segments: stored in reverse order", KERNELS, "* STATES + i_state) * tl.num_programs(2) + i_s", "* STATES + i_state) * tl.num_programs(2) + tl.num_programs(2) - 1 - i_s"),
+    Mutant("segments: decay across a segment is lost", KERNELS, "0 * row, decay, mask=row == 0)", "0 * row, 0 * decay, mask=row == 0)"),
+    Mutant("segments: only the last chunk's decay is kept", KERNELS, "S = carry(S, b_g, b_k, b_v, True, False, DOT)\n                decay += ", "S = carry(S, b_g, b_k, b_v, True, False, DOT)\n                decay = "),
+    # Kernels: what enters each segment.
+    Mutant("segments: nothing decays from segment to segment", KERNELS, "tl.exp2(decay_2) * S_1 + S_2", "S_1 + S_2"),
+    Mutant("segments: decay of the segment before", KERNELS, "tl.exp2(decay_2) * S_1 + S_2", "tl.exp2(decay_1) * S_1 + S_2"),
+    Mutant("segments: dS_rev scanned from the right", KERNELS, "to_right = (i_state == 0) | (i_state == 3)", "to_right = i_state == 0"),
+    Mutant("segments: dS_fwd scanned from the left", KERNELS, "to_right = (i_state == 0) | (i_state == 3)", "to_right = (i_state == 0) | (i_state >= 2)"),
+    Mutant("segments: a segment enters itself", KERNELS, "tl.where(to_right, segment - 1, segment + 1)", "segment"),
+    Mutant("segments: stored in the order of the scan", KERNELS, "p_row = p_enter + ((i_own + segment)[:, None]", "p_row = p_enter + ((i_own + position)[:, None]"),
+    # The launcher: what is computed.
     Mutant("launch: directions swapped", LAUNCH, "return _checked(q, k, v, None if reverse else g, g if reverse else None, scale, precision)", "return _checked(q, k, v, g if reverse else None, None if reverse else g, scale, precision)"),
     Mutant("launch: mean becomes sum", LAUNCH, "return _checked(q, k, v, g_fwd, g_rev, scale / 2, precision)", "return _checked(q, k, v, g_fwd, g_rev, scale, precision)"),
+    Mutant("launch: scale lost in the backward pass", LAUNCH, "dq, dk, dv, *dg = _backward(q, k, v, g_fwd, g_rev, do, ctx.scale, ctx.precision)", "dq, dk, dv, *dg = _backward(q, k, v, g_fwd, g_rev, do, 1.0, ctx.precision)"),
     Mutant("launch: gradients of the gates swapped", LAUNCH, "    dg_fwd = None if g_fwd is None else dg[0]\n    dg_rev = None if g_rev is None else dg[-1]\n    return", "    dg_fwd = None if g_fwd is None else dg[-1]\n    dg_rev = None if g_rev is None else dg[0]\n    return"),
+    Mutant("launch: both directions where there is one", LAUNCH, "there = g_fwd is not None, g_rev is not None", "there = g_fwd is not None, g_fwd is not None"),
+    Mutant("launch: a large K is not refused", LAUNCH, "if q.shape[3] > MAX_K:", "if q.shape[3] > 2 * MAX_K:"),
+    Mutant("launch: any precision is taken", LAUNCH, "if precision not in PRECISIONS:", "if False:"),
+    Mutant("launch: fake gradients laid out otherwise", LAUNCH, "return [_empty(x) for x in (q, k, v, g_fwd, g_rev) if x is not None]", "return [x.new_empty(x.shape) for x in (q, k, v, g_fwd, g_rev) if x is not None]"),
+    # The launcher: memory.
     Mutant("launch: blocks of V not added", LAUNCH, "grad.copy_(part.unflatten(0, (blocks, -1)).sum(0))", "grad.copy_(part.unflatten(0, (blocks, -1))[0])"),
     Mutant("launch: gradient of v told by identity", LAUNCH, "[grad if n == 2 else _parts(inputs[n], blocks)", "[grad if inputs[n] is v else _parts(inputs[n], blocks)"),
-    Mutant("launch: one block of V only", LAUNCH, "return v.shape[0] * v.shape[1], triton.cdiv(v.shape[3], options[\"BV\"])", "return v.shape[0] * v.shape[1], 1"),
-    Mutant("launch: both states in one memory", LAUNCH, "        _states(v, options), _states(v, options), scale, *_sizes(q, v), **options,", "        *[_states(v, options)] * 2, scale, *_sizes(q, v), **options,"),
+    Mutant("launch: one block of V only", LAUNCH, 'triton.cdiv(v.shape[3], options["BV"])', "1"),
+    Mutant("launch: both states in one memory", LAUNCH, "_states(v, options), _states(v, options), enter", "*[_states(v, options)] * 2, enter"),
+    Mutant("launch: memory for the states of one segment", LAUNCH, "BH * blocks * chunks, options", "BH * blocks * chunks // segments, options"),
     Mutant("launch: gradient read as if contiguous", LAUNCH, "*(_strided(x) for x in (q, k, v, g_fwd, g_rev, do)),\n            dq", "*(_strided(x) for x in (q, k, v, g_fwd, g_rev)), (do, *do.contiguous().stride()),\n            dq"),
-    Mutant("launch: K and V exchanged", LAUNCH, "return q.shape[1], q.shape[2], q.shape[3], v.shape[3]", "return q.shape[1], q.shape[2], v.shape[3], q.shape[3]"),
-    Mutant("launch: float64 clamped like float32", LAUNCH, '"LIMIT": 2000.0 if double else 300.0', '"LIMIT": 300.0'),
     Mutant("launch: gradient dtype of another tensor", LAUNCH, "grads = [_empty(x) for x in inputs]", "grads = [_empty(x).to(q.dtype) for x in inputs]"),
-    Mutant("launch: scale lost in the backward pass", LAUNCH, "dq, dk, dv, *dg = _backward(q, k, v, g_fwd, g_rev, do, ctx.scale, ctx.precision)", "dq, dk, dv, *dg = _backward(q, k, v, g_fwd, g_rev, do, 1.0, ctx.precision)"),
+    Mutant("launch: K and V exchanged", LAUNCH, "return q.shape[1], q.shape[2], q.shape[3], v.shape[3]", "return q.shape[1], q.shape[2], v.shape[3], q.shape[3]"),
+    # The launcher: constants.
+    Mutant("launch: float64 clamped like float32", LAUNCH, '"LIMIT": 2000.0 if double else 300.0', '"LIMIT": 300.0'),
+    Mutant("launch: float64 added up in float32", LAUNCH, "kernels.tl.float64 if double else kernels.tl.float32", "kernels.tl.float32"),
+    Mutant("launch: halving stops one level early", LAUNCH, '"LEVELS": CHUNK.bit_length() - 1', '"LEVELS": CHUNK.bit_length() - 2'),
+    Mutant("launch: a tile too narrow for K", LAUNCH, "BK >= K and (BV >= V or BK == MAX_K)", "BV >= V or BK == MAX_K"),
+    Mutant("launch: the fast path goes on where it overflows", LAUNCH, "\nBOUND = -80.0", "\nBOUND = -200.0"),
+    Mutant("launch: gradients cancel below the roundoff", LAUNCH, '"ieee": -2.0}', '"ieee": -60.0}'),
+    Mutant("launch: the backward pass has the forward one's bound", LAUNCH, "BOUND_BACKWARD[dot] if backward else BOUND", "BOUND"),
+    # The launcher: segments.
+    Mutant("launch: two segments do not enter each other", LAUNCH, "if segments == 1:", "if segments <= 2:"),
+    Mutant("launch: states of a part of V enter", LAUNCH, 'kernels.combine_kernel[BH * blocks, states, options["BV"]]', 'kernels.combine_kernel[BH * blocks, states, 2]'),
+    Mutant("launch: half a chunk in a segment", LAUNCH, ", CHUNK) * CHUNK", ", CHUNK // 2) * (CHUNK // 2)"),
+    Mutant("launch: any number of segments", LAUNCH, "min(T, max(SEGMENT, triton.next_power_of_2(triton.cdiv(T, MAX_SEGMENTS))))", "min(T, SEGMENT)"),
 ]  # fmt: skip
 
 
@@ -177,78 +322,124 @@ def mutate(mutant: Mutant, root: Path) -> None:
     path.write_text(source.replace(mutant.old, mutant.new))
 
 
-def run(mutant: Mutant, thorough: bool) -> dict:
-    """Plant one bug in a copy of the project and run the tests.
+def run(mutant: Mutant | None, tests: list[str], thorough: bool) -> dict[str, str]:
+    """Plant one bug (or none) in a copy of the project and run the tests there: method by method, what failed first.
 
-    Returns the mutant's record: `killed_by`, the first test that failed (None if none did), and for each method the
-    first test of it that failed. Unless `thorough`, the run stops at the first one.
+    Unless `thorough`, the run stops at the first failure.
     """
-    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for name in ("vig_ref", "tests", "pyproject.toml"):
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, root / name)
-        mutate(mutant, root)
-        failures = failed_tests(root, thorough)
-    methods = {METHODS[test.split("::")[0]]: test for test in reversed(failures)}
-    record = mutant._asdict() | {"layer": mutant.layer, "killed_by": failures[0] if failures else None, "methods": methods}
-    return record | {"seconds": round(time.monotonic() - start, 1)}
+        if mutant:
+            mutate(mutant, root)
+        failures = failed_tests(root, tests, thorough)
+    return {METHODS[test.split("::")[0]]: test for test in reversed(failures)}
 
 
-def failed_tests(root: Path, thorough: bool) -> list[str]:
-    """The tests that fail in the project at `root`, at most one of each file, in the order of METHODS."""
-    files = [path for path in METHODS if (root / path).exists()]
-    command = [sys.executable, "-m", "pytest", *files, "-v", "--one-failure-a-file" if thorough else "-x"]
-    command += ["--hypothesis-profile", "mutants", "-p", "no:cacheprovider"]
-    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+def failed_tests(root: Path, tests: list[str], thorough: bool) -> list[str]:
+    """Those of `tests` (files, or parts of them) that fail in the project at `root`, at most one of each file."""
+    command = [sys.executable, "-m", "pytest", *tests, "-v", "--one-failure-a-file" if thorough else "-x"]
+    command += ["--hypothesis-profile", "mutants", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # kernels are interpreted, on any machine
     try:
         done = subprocess.run(
             command, cwd=root, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT, check=False
         )
     except subprocess.TimeoutExpired:
-        return [f"{files[0]}::time limit"]
+        return [f"{tests[0]}::time limit"]
     lines = [line for line in done.stdout.splitlines() if line.startswith("tests/") and "::" in line]
-    failures = [line.split(" FAILED ")[0] for line in lines if " FAILED " in line]
+    failures = [re.split(" (?:FAILED|ERROR) ", line)[0] for line in lines if re.search(" (?:FAILED|ERROR) ", line)]
     if done.returncode < 0 or (done.returncode != 0 and not failures):  # the process died, or nothing could be collected
-        failures.append((lines or [f"{files[0]}::not importable"])[-1].strip() + " (crash)")
+        last = re.split(" (?:PASSED|SKIPPED) ", lines[-1])[0].strip() if lines else f"{tests[0]}::not importable"
+        failures.append(f"{last} (crash)")
     return failures
+
+
+def examined(mutant: Mutant, tests: list[str], thorough: bool) -> dict:
+    """The mutant's record: `killed_by`, the methods that saw it, and for each of them the first test that failed."""
+    start = time.monotonic()
+    first = run(mutant, tests, thorough)
+    record = mutant._asdict() | {"layer": mutant.layer, "killed_by": list(first), "tests": first}
+    return record | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def as_expected(record: dict) -> bool:
+    """Killed, or argued to be no bug and not killed."""
+    return bool(record["killed_by"]) == (record["equivalent_because"] is None)
 
 
 def table(record: dict) -> str:
     """The record as Markdown: a row for each mutant, a column for each method, a cross where it saw the bug."""
-    names = [name for name in METHODS.values() if any(name in m["methods"] for m in record["mutants"])]
+    names = [name for name in METHODS.values() if any(name in m["killed_by"] for m in record["mutants"])]
     lines = ["| planted bug | " + " | ".join(names) + " |", "|---|" + ":-:|" * len(names)]
     for mutant in record["mutants"]:
-        crosses = " | ".join("x" if name in mutant["methods"] else "" for name in names)
+        crosses = " | ".join("x" if name in mutant["killed_by"] else "" for name in names)
         lines.append(f"| {mutant['name']} | {crosses} |")
-    seen = [sum(name in m["methods"] for m in record["mutants"]) for name in names]
+    seen = [sum(name in m["killed_by"] for m in record["mutants"]) for name in names]
     return "\n".join([*lines, f"| **seen, of {len(record['mutants'])}** | " + " | ".join(map(str, seen)) + " |"])
 
 
-def main() -> int:
+def circumstances() -> dict:
+    """Date, command and versions; not by vig_ref.machine, since vig_ref need not be installed here."""
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "triton", "numpy", "hypothesis", "pytest"):
+        versions[name] = importlib.metadata.version(name)
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"date": date, "command": shlex.join(["python", *sys.argv]), "versions": versions, "methods": METHODS}
+
+
+def finished(path: Path | None) -> dict[str, dict]:
+    """The records of a run that was cut short, of mutants that are still the same."""
+    if not path or not path.exists():
+        return {}
+    known = {m.name: m._asdict() for m in MUTANTS}
+    records = {m["name"]: m for m in json.loads(path.read_text())["mutants"]}
+    return {name: m for name, m in records.items() if name in known and known[name].items() <= m.items()}
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", nargs="+", metavar="WORD", help="mutants whose name contains one of these words")
     parser.add_argument("--report", type=Path, metavar="JSON", help="run every method on every mutant, and write the record")
+    parser.add_argument("--resume", action="store_true", help="keep what the file of --report has, and run the rest")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a record as a Markdown table, and run nothing")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time (default: %(default)s)")
-    args = parser.parse_args()
+    parser.add_argument("--tests", nargs="+", default=[*METHODS], metavar="FILE", help="run these only, or parts of them")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default: %(default)s)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
     if args.table:
         print(table(json.loads(args.table.read_text())))
         return 0
     chosen = [m for m in MUTANTS if not args.only or any(word in m.name for word in args.only)]
+    records = finished(args.report) if args.resume else {}
+    todo = [m for m in chosen if m.name not in records]
+
+    def write(results: list[dict]):
+        args.report.parent.mkdir(parents=True, exist_ok=True)
+        args.report.write_text(json.dumps(circumstances() | {"mutants": results}, indent=1) + "\n")
+
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        futures = {pool.submit(run, mutant, args.report is not None): mutant for mutant in chosen}
-        records = {}
+        healthy = pool.submit(run, None, args.tests, True)
+        futures = {pool.submit(examined, mutant, args.tests, args.report is not None): mutant for mutant in todo}
         for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), unit="mutant"):
             records[futures[future].name] = record = future.result()
-            tqdm.write(f"{record['seconds']:6.1f} s  {record['name']:55} {record['killed_by'] or 'SURVIVED'}")
-    results = [records[mutant.name] for mutant in chosen]
-    survivors = [r["name"] for r in results if (r["killed_by"] is None) != (r["equivalent_because"] is not None)]
-    if args.report:
-        args.report.write_text(json.dumps({"command": " ".join(sys.argv), "mutants": results}, indent=1) + "\n")
-    print(f"{len(results)} mutants, {len(results) - len(survivors)} as expected" + "".join(f"\n  {name}" for name in survivors))
-    return 1 if survivors else 0
+            first = next(iter(record["tests"].values()), "SURVIVED")
+            tqdm.write(f"{record['seconds']:6.1f} s  {record['name']:55} {first}")
+            if args.report:
+                write([records[m.name] for m in MUTANTS if m.name in records])
+        if failures := healthy.result():
+            print("Without any bug the tests fail, so that nothing above means anything:", *failures.values(), sep="\n  ")
+            return 2
+    results = [records[m.name] for m in chosen]
+    unexpected = [r["name"] for r in results if not as_expected(r)]
+    print(f"{len(results)} mutants, {len(results) - len(unexpected)} as expected", *unexpected, sep="\n  ")
+    return 1 if unexpected else 0
 
 
 if __name__ == "__main__":

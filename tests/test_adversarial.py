@@ -191,7 +191,7 @@ def test_14_offset_beyond_32_bits(dim, tmp_path):
 def test_15_more_sequences_than_the_second_grid_axis_holds():
     """The first axis of a CUDA grid holds 2^31 - 1 programs, the others 65535: sequences belong on the first."""
     v = torch.empty(70_000, 2, 1, 16, device="meta")
-    assert launch._grid(v, {"BV": 32}) == (140_000, 1)
+    assert launch._grid(v, {"BV": 32}) == (140_000, 1, 1)
 
 
 @pytest.mark.gpu
@@ -262,8 +262,8 @@ def test_22_tf32_only_when_asked_for(monkeypatch, setting):
     try:
         default = inspect.signature(fused.bidirectional_gla).parameters["precision"].default
         x = on("fused", 1, 1, 2, 3, 4)
-        assert launch._options(x.q, x.v, x.g_fwd, x.g_rev, default)["DOT"] == "ieee"
-        assert launch._options(x.q, x.v, x.g_fwd, x.g_rev, "tf32")["DOT"] == "tf32"
+        assert launch._options(x.q, x.v, x.g_fwd, x.g_rev, default, backward=False)["DOT"] == "ieee"
+        assert launch._options(x.q, x.v, x.g_fwd, x.g_rev, "tf32", backward=True)["DOT"] == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
 

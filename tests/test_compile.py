@@ -5,12 +5,12 @@ The interpreter accepts what the compiler refuses (small tiles, types that chang
 process where Triton compiles, and its shared memory is held against the smallest limit among those GPUs.
 """
 
-import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -24,36 +24,52 @@ ARITHMETIC = [
     ("fp32", "fp32", "ieee"), ("fp32", "fp32", "tf32"), ("fp16", "fp32", "tf32"), ("fp16", "fp16", "tf32"),
     ("bf16", "fp32", "bf16"), ("bf16", "bf16", "bf16"),
 ]  # fmt: skip
-DIRECTIONS = [(True, True), (True, False), (False, True)]
+BOTH, FWD, REV = (True, True), (True, False), (False, True)
 
 
-def targets(gates: str, directions: tuple[bool, bool]) -> list[int]:
-    """Everything for Hopper, and what a ViG launches for Ampere too."""
-    return [80, 90] if gates == "fp32" and directions == (True, True) else [90]
+class Launch(NamedTuple):
+    """One kernel as the launcher may ask for it."""
+
+    kernel: str
+    directions: tuple[bool, bool] = BOTH
+    sm: int = 90
+    segments: bool = False  # T beyond one segment: states enter, and two more kernels run
+    strided: bool = False  # features apart from each other, and strides beyond 32 bits
+    parts: bool = False  # V in several blocks: dq, dk and dg of each in float32
+
+
+def launches(gates: str) -> list[Launch]:
+    """What a tile and an arithmetic are compiled for: all of it with float32 gates, one of each kernel with others."""
+    one = [Launch("forward_kernel"), Launch("backward_kernel")]
+    if gates != "fp32":
+        return one
+    ways = [dict(directions=FWD), dict(directions=REV), dict(sm=80), dict(segments=True), dict(strided=True)]
+    every = one + [launch._replace(**way) for launch in one for way in ways] + [Launch("backward_kernel", parts=True)]
+    four = Launch("segment_kernel 4")
+    return [*every, Launch("segment_kernel 2"), four, four._replace(sm=80), Launch("combine_kernel")]
 
 
 @pytest.mark.parametrize(("dtype", "gates", "dot"), ARITHMETIC)
 @pytest.mark.parametrize("tile", TILES)
 def test_every_launch_compiles(tile, dtype, gates, dot):
-    kinds = list(itertools.product(("forward_kernel", "backward_kernel"), DIRECTIONS))
+    wanted = launches(gates)
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     clean["PYTHONPATH"] = str(ROOT)
-    arguments = json.dumps([tile, dtype, gates, dot, [(k, d, t) for k, d in kinds for t in targets(gates, d)]])
-    command = [sys.executable, __file__, arguments]
+    command = [sys.executable, __file__, json.dumps([tile, dtype, gates, dot, wanted])]
     done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = json.loads(done.stdout)
-    assert len(compiled) == sum(len(targets(gates, d)) for _, d in kinds)
-    for kernel in compiled:
-        assert kernel["shared"] <= SHARED_MEMORY, kernel
-        assert kernel["tensor cores"] == (dot != "ieee"), kernel
+    assert len(compiled) == len(wanted)
+    for launch, (shared, tensor_cores) in zip(wanted, compiled, strict=True):
+        assert shared <= SHARED_MEMORY, launch
+        assert tensor_cores == (dot != "ieee" and launch.kernel != "combine_kernel"), launch
 
 
 def test_the_heads_of_vig_have_tiles_of_their_own():
     assert list(TILES)[:2] == [(16, 32), (32, 64)]
 
 
-def compile_all(tile, dtype, gates, dot, kinds):
+def compile_all(tile, dtype, gates, dot, wanted):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -61,36 +77,48 @@ def compile_all(tile, dtype, gates, dot, kinds):
     from vig_ref.fused import kernels, launch
 
     compiled = []
-    for name, directions, target in kinds:
+    for kind in (Launch(*each) for each in wanted):
+        name, _, states = kind.kernel.partition(" ")
         kernel = getattr(kernels, name)
-        options = launch.constants(tuple(tile), dot, *directions)
-        launch_options = {key: options.pop(key) for key in ("num_warps", "num_stages")}
-        signature, constants, attributes = specialise(kernel.arg_names, dtype, gates, directions, options)
+        options = launch.constants(tuple(tile), dot, *kind.directions, backward=name == "backward_kernel")
+        options |= {"STATES": int(states or 2), "N": 64}
+        compiler = {key: options.pop(key) for key in ("num_warps", "num_stages", "maxnreg")}
+        signature, constants, attributes = specialise(kernel.arg_names, dtype, gates, kind, options)
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        done = triton.compile(source, target=GPUTarget("cuda", target, 32), options=launch_options)
-        shared, mma = done.metadata.shared, "mma" in done.asm["ptx"]
-        compiled.append({"kernel": name, "directions": directions, "sm": target, "shared": shared, "tensor cores": mma})
+        compiler = {key: value for key, value in compiler.items() if value is not None}
+        done = triton.compile(source, target=GPUTarget("cuda", kind.sm, 32), options=compiler)
+        compiled.append((done.metadata.shared, "mma" in done.asm["ptx"]))
     return compiled
 
 
-def specialise(names, dtype, gates, directions, options):
+def specialise(names, dtype, gates, kind, options):
     """The types of a launch as a ViG makes it: features contiguous, everything else aligned to 16."""
-    signature, constants, attributes = {}, dict(options), {}
-    absent = {name for name, there in zip(("fwd", "rev"), directions, strict=True) if not there}
+    signature, constants, attributes = {}, {name: options[name] for name in names if name in options}, {}
+    ends = [end for end, there in zip(("fwd", "rev"), kind.directions, strict=True) if not there]
+    absent = {f"{gate}_{end}" for end in ends for gate in ("g", "dg")}
+    if kind.kernel == "segment_kernel 2":
+        absent.add("do")
+    if not kind.segments and kind.kernel in ("forward_kernel", "backward_kernel"):
+        absent.add("p_enter")
     for i, name in enumerate(names):
         if name in options:
             signature[name] = "constexpr"
-        elif name.startswith(("g_", "dg_")) and name[-3:] in absent:
+        elif name in absent:
             signature[name], constants[name] = "constexpr", None
-        elif name in ("scale", "H", "T", "K", "V"):
+        elif name in ("scale", "H", "T", "K", "V", "SEGMENT", "SEGMENTS"):
             signature[name] = "fp32" if name == "scale" else "i32"
         elif name.startswith("p_"):
-            signature[name], attributes[(i,)] = "*fp32", [["tt.divisibility", 16]]
+            rounded = options["DOT"] == "bf16" and name in ("p_S_rev", "p_dS_fwd")
+            signature[name], attributes[(i,)] = "*bf16" if rounded else "*fp32", [["tt.divisibility", 16]]
         else:
             pointer = gates if name.startswith(("g_", "dg_")) else dtype
-            signature[name] = (f"*{pointer}", "i32", "i32", "i32", "constexpr")
-            constants[(i, 4)] = 1
-            attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(4)}
+            pointer = "fp32" if kind.parts and name in ("dq", "dk", "dg_fwd", "dg_rev") else pointer
+            if kind.strided:
+                signature[name] = (f"*{pointer}", "i64", "i64", "i64", "i64")
+            else:
+                signature[name] = (f"*{pointer}", "i32", "i32", "i32", "constexpr")
+                constants[(i, 4)] = 1
+                attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(4)}
     return signature, constants, attributes
 
 

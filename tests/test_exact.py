@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import FUSED_DEVICE, Case, cases
 from vig_ref import chunked, fused, gla, naive
-from vig_ref.fused import kernels, launch
+from vig_ref.fused import anchored, blocks, kernels, launch
 from vig_ref.tolerance import NAMES, Inputs, bounds, evaluate
 
 aten = torch.ops.aten
@@ -191,8 +191,10 @@ HALF = torch.tensor(-math.log(2.0))
 MOST = 8
 
 
-def dyadic(T: int, K: int, V: int, seed: int) -> Inputs:
+def dyadic(T: int, K: int, V: int, seed: int, weak: bool = False) -> Inputs:
     """Numbers in {-1, 0, 1} and gates 1, 1/2, 1/4 or 0, with at most 8 halvings of a row between resets.
+
+    `weak`: two halvings in a row and no reset, so that the fused layer may stay on its fast path.
 
     Why every sum is then exact in float32, whatever its order: all terms are integer multiples of 2^-8 (times scale/2,
     a power of two), and the largest partial sums there are, those of dg, count pairs of tokens on either side of a gate
@@ -202,6 +204,9 @@ def dyadic(T: int, K: int, V: int, seed: int) -> Inputs:
     assert T * K < 2**16
     r = torch.Generator().manual_seed(seed)
     q, k, v, do = (torch.randint(-1, 2, (1, 2, T, D), generator=r).float() for D in (K, K, V, V))
+
+    def weak_gates():
+        return torch.rand(1, 2, T, K, generator=r).argsort(2).lt(2) * HALF
 
     def gates():
         reset = torch.rand(1, 2, T, K, generator=r) < 1 / 8
@@ -213,6 +218,7 @@ def dyadic(T: int, K: int, V: int, seed: int) -> Inputs:
             used = used + n[:, :, t]
         return torch.where(reset, -torch.inf, n * HALF)
 
+    gates = weak_gates if weak else gates
     return Inputs(q, k, v, gates(), gates(), do)
 
 
@@ -222,7 +228,7 @@ def test_powers_of_two_are_exact_on_this_machine():
     g = n * HALF
     for copies in (1, 8, 64):  # scalar and vectorised code
         assert torch.equal(g.repeat(copies).exp(), 2.0 ** -n.repeat(copies))
-    assert torch.equal(g * torch.tensor(kernels.LOG2E.value), -n)
+    assert torch.equal(g * torch.tensor(blocks.LOG2E.value), -n)
     assert torch.equal(g.double(), n.double() * HALF.double()), "n times the gate is rounded"
 
 
@@ -233,13 +239,26 @@ def equal_bits(layer, x: Inputs, expected: dict[str, Tensor], scale: float, **op
         assert torch.equal(got[name].cpu(), expected[name]), f"{layer.__name__} {options}: {name}"
 
 
+def forbid(monkeypatch, path: str):
+    """In the interpreter, a fused kernel that takes this path fails: the test is about the other one."""
+
+    def refused(*_):
+        raise AssertionError(f"the path {path!r} was taken")
+
+    for name in (f"forward_{path}", f"backward_{path}"):
+        if path and launch.INTERPRETED:
+            monkeypatch.setattr(kernels, name, refused)
+
+
 #: K and V inside every tile that the launcher chooses, and V in two blocks.
 SIZES = [(BK - 3, BV - 5) for BK, BV in launch.TILES] + [(5, max(BV for _, BV in launch.TILES) + 6)]
 
 
 @pytest.mark.parametrize(("K", "V"), SIZES)
-def test_all_layers_are_bitwise_equal_on_dyadic_inputs(K, V):
-    x = dyadic(37, K, V, seed=K)
+@pytest.mark.parametrize("weak", [False, True], ids=["any gate", "weak gates"])
+def test_all_layers_are_bitwise_equal_on_dyadic_inputs(weak, K, V, monkeypatch):
+    x = dyadic(37, K, V, seed=K, weak=weak)
+    forbid(monkeypatch, "halving" if weak else "")
     expected = evaluate(naive.bidirectional_gla, x, scale=2.0)
     for chunk_size in (1, 3, 16, 37, 64):
         equal_bits(chunked, x, expected, 2.0, chunk_size=chunk_size)
@@ -248,9 +267,11 @@ def test_all_layers_are_bitwise_equal_on_dyadic_inputs(K, V):
 
 @pytest.mark.parametrize(("K", "V"), SIZES)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_one_direction_is_bitwise_equal_on_dyadic_inputs(reverse, K, V):
+@pytest.mark.parametrize("weak", [False, True], ids=["any gate", "weak gates"])
+def test_one_direction_is_bitwise_equal_on_dyadic_inputs(weak, reverse, K, V, monkeypatch):
     """The other two launch configurations of each tile."""
-    x = dyadic(19, K, V, seed=K)
+    x = dyadic(19, K, V, seed=K, weak=weak)
+    forbid(monkeypatch, "halving" if weak else "")
 
     def one_direction(layer, x):
         leaves = [t.to(FUSED_DEVICE if layer == "fused" else "cpu").requires_grad_() for t in (*x[:3], x[3 + reverse])]
@@ -276,10 +297,9 @@ def test_dyadic_results_are_the_true_ones():
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="needs a machine without a GPU")
 def test_a_broken_kernel_is_seen(monkeypatch):
-    """The edge of one set of gates moved by one token, in the interpreted kernel: the dyadic tier turns red."""
-    right = kernels._met
-    monkeypatch.setattr(kernels, "_met", lambda C, REVERSE: ~right(C, not REVERSE))  # t < i for t <= i
-    x = dyadic(17, 5, 7, seed=0)
+    """A token that no longer reads itself, in the interpreted kernel: the dyadic tier turns red."""
+    monkeypatch.setattr(anchored, "_reads", lambda C, REVERSE: blocks.ahead(not REVERSE, False, C))
+    x = dyadic(17, 5, 7, seed=0, weak=True)
     with pytest.raises(AssertionError, match="fused"):
         equal_bits(fused, x, evaluate(naive.bidirectional_gla, x, scale=2.0), 2.0)
 

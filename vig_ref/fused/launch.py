@@ -1,8 +1,9 @@
 """From PyTorch to the kernels: what is allocated, what is launched, and how autograd and torch.compile see it.
 """
 
-import math
+import contextlib
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -10,12 +11,27 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from vig_ref.fused import kernels
 
-#: Tokens per chunk: the smallest tile that the tensor cores take, hence the fewest halvings.
+#: Tokens per chunk: the smallest tile that the tensor cores take. Less is forgotten, so that the fast path serves
+#: more gates, and a program needs fewer registers.
 CHUNK = 16
-#: The tiles that hold a state in registers, (rows BK, columns BV): warps. The first that is large enough is taken; a V
-#: larger than all is cut into blocks. The first two are the heads of ViG-H and ViG.
-TILES = {(16, 32): 2, (32, 64): 4, (128, 64): 8}
+#: The tiles that hold a state in registers, (columns BK, rows BV): warps of a program, and of a backward one in
+#: bfloat16. The first that is large enough is taken; a V larger than all is cut into blocks. The first two are the
+#: heads of ViG-H and ViG.
+TILES = {(16, 32): (1, 1), (32, 64): (2, 4), (128, 32): (4, 4)}
+#: Registers of a thread: six programs of two warps then share a multiprocessor. Fewer spill; more leave room for four.
+REGISTERS = {(32, 64): 168}
 MAX_K = max(BK for BK, _ in TILES)
+#: Tokens per program: a longer sequence is cut into segments, never more than MAX_SEGMENTS. A constant, so that the
+#: result for an image does not depend on the batch that it is in.
+SEGMENT = 256
+MAX_SEGMENTS = 256
+#: The smallest exponent, in base 2, with which the fast path may go on: a sum of gates between the middles of
+#: neighbouring chunks. The forward pass needs exp(-b) to stay far below the largest float32. In the gates' gradients,
+#: terms of size 1 cancel to terms of size 2^BOUND, which must not be lost in the roundoff of sums.
+BOUND = -80.0
+BOUND_BACKWARD = {"bf16": -8.0, "tf32": -8.0, "ieee": -2.0}
+#: Chunks in shared memory, all but one fetched ahead, for bfloat16 in the tiles of ViG. Others would not fit.
+STAGES = 3
 PRECISIONS = ("ieee", "tf32")
 #: Whether Triton was imported with TRITON_INTERPRET=1: a process interprets kernels or compiles them, never both.
 INTERPRETED = isinstance(kernels.forward_kernel, InterpretedFunction)
@@ -69,11 +85,13 @@ def _forward(
 ) -> Tensor:
     o = _empty(v)
     if o.numel():
-        options = _options(q, v, g_fwd, g_rev, precision)
-        with torch.cuda.device_of(q):  # Triton launches on the current device
+        options = _options(q, v, g_fwd, g_rev, precision, backward=False)
+        with _device(q):
+            enter = _enter(q, k, v, g_fwd, g_rev, None, scale, options)
             kernels.forward_kernel[_grid(v, options)](
-                *(_strided(x) for x in (q, k, v, g_fwd, g_rev, o)), _states(v, options), scale, *_sizes(q, v), **options
-            )
+                *(_strided(x) for x in (q, k, v, g_fwd, g_rev, o)), _states(v, options), enter, scale, *_sizes(q, v),
+                **options,
+            )  # fmt: skip
     return o
 
 
@@ -86,20 +104,48 @@ def _backward(
     grads = [_empty(x) for x in inputs]
     if not do.numel():
         return grads
-    options = _options(q, v, g_fwd, g_rev, precision)
+    options = _options(q, v, g_fwd, g_rev, precision, backward=True)
     blocks = _grid(v, options)[1]
     parts = grads if blocks == 1 else [grad if n == 2 else _parts(inputs[n], blocks) for n, grad in enumerate(grads)]
     dq, dk, dv, *dg = (_strided(x) for x in parts)
-    with torch.cuda.device_of(q):
+    with _device(q):
+        enter = _enter(q, k, v, g_fwd, g_rev, do, scale, options)
         kernels.backward_kernel[_grid(v, options)](
             *(_strided(x) for x in (q, k, v, g_fwd, g_rev, do)),
             dq, dk, dv, None if g_fwd is None else dg[0], None if g_rev is None else dg[-1],
-            _states(v, options), _states(v, options), scale, *_sizes(q, v), **options,
+            _states(v, options), _states(v, options), enter, scale, *_sizes(q, v),
+            **options,
         )  # fmt: skip
     for grad, part in zip(grads, parts, strict=True):
         if part is not grad:
             grad.copy_(part.unflatten(0, (blocks, -1)).sum(0))
     return grads
+
+
+def _enter(
+    q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, do: Tensor | None, scale: float,
+    options: dict,
+) -> Tensor | None:
+    """The states that enter each segment, `[B * H * blocks of V, states, segments, BV, BK]`; None for one segment."""
+    BH, blocks, segments = _grid(v, options)
+    if segments == 1:
+        return None
+    states = 2 if do is None else 4
+    wide = torch.promote_types(v.dtype, torch.float32)
+    own = v.new_empty(BH * blocks, states, segments, options["BV"], options["BK"], dtype=wide)
+    total = v.new_empty(BH * blocks, states, segments, options["BK"], dtype=wide)
+    tile = options["BK"], options["BV"]
+    kept = {name: options[name] for name in ("FWD", "REV", "C", "BK", "BV", "ACC", "DOT", "LIMIT", "STAGES")}
+    kernels.segment_kernel[BH * states, blocks, segments](
+        *(_strided(x) for x in (q, k, v, g_fwd, g_rev, do)), own, total, scale, *_sizes(q, v),
+        STATES=states, num_warps=TILES[tile][0], **kept,
+    )  # fmt: skip
+    enter = torch.empty_like(own)
+    kernels.combine_kernel[BH * blocks, states, options["BV"]](
+        own, total, enter, segments, STATES=states, N=triton.next_power_of_2(segments),
+        BK=options["BK"], BV=options["BV"], ACC=options["ACC"], num_warps=4,
+    )  # fmt: skip
+    return enter
 
 
 @_forward.register_fake
@@ -133,6 +179,12 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(_refuse)
 
 
+def _device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device. The interpreter's numpy warns where the fast path overflows, as it may:
+    its results are then thrown away."""
+    return np.errstate(over="ignore", invalid="ignore") if INTERPRETED else torch.cuda.device_of(x)
+
+
 def _empty(x: Tensor) -> Tensor:
     """Memory for a result like x, laid out token by token, as the projection behind the operator reads it."""
     B, H, T, D = x.shape
@@ -146,10 +198,17 @@ def _parts(x: Tensor, blocks: int) -> Tensor:
 
 
 def _states(v: Tensor, options: dict) -> Tensor:
-    """Scratch memory for the state at the edge of every chunk."""
-    blocks = math.prod(_grid(v, options))
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    return v.new_empty(blocks * triton.cdiv(v.shape[2], options["C"]), options["BK"], options["BV"], dtype=dtype)
+    """Scratch memory for a state of every chunk, rounded as the products that read it round."""
+    BH, blocks, segments = _grid(v, options)
+    chunks = segments * (_segment(v.shape[2]) // options["C"])
+    wide = torch.promote_types(v.dtype, torch.float32)
+    dtype = torch.bfloat16 if options["DOT"] == "bf16" else wide
+    return v.new_empty(BH * blocks * chunks, options["BV"], options["BK"], dtype=dtype)
+
+
+def _segment(T: int) -> int:
+    """Tokens per segment, a multiple of CHUNK."""
+    return triton.cdiv(min(T, max(SEGMENT, triton.next_power_of_2(triton.cdiv(T, MAX_SEGMENTS)))), CHUNK) * CHUNK
 
 
 def _strided(x: Tensor | None) -> tuple | None:
@@ -157,30 +216,39 @@ def _strided(x: Tensor | None) -> tuple | None:
 
 
 def _sizes(q: Tensor, v: Tensor) -> tuple[int, ...]:
-    return q.shape[1], q.shape[2], q.shape[3], v.shape[3]
+    return q.shape[1], q.shape[2], q.shape[3], v.shape[3], _segment(q.shape[2])
 
 
-def _grid(v: Tensor, options: dict) -> tuple[int, int]:
-    """One program per (batch, head) and block of V."""
-    return v.shape[0] * v.shape[1], triton.cdiv(v.shape[3], options["BV"])
+def _grid(v: Tensor, options: dict) -> tuple[int, int, int]:
+    """One program per (batch, head), block of V and segment."""
+    T = v.shape[2]
+    return v.shape[0] * v.shape[1], triton.cdiv(v.shape[3], options["BV"]), triton.cdiv(T, _segment(T))
 
 
-def _options(q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, precision: str) -> dict:
+def _options(
+    q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, precision: str, backward: bool
+) -> dict:
     """The compile-time constants of a launch."""
     if not INTERPRETED and torch.cuda.get_device_capability(q.device) < (8, 0):
         raise ValueError("backend 'fused' needs a GPU of compute capability 8.0 or newer; choose 'chunked' or 'naive'")
-    K, V = q.shape[3], min(v.shape[3], max(BV for _, BV in TILES))
-    tile = next((BK, BV) for BK, BV in TILES if BK >= K and BV >= V)
+    K, V = q.shape[3], v.shape[3]
+    tile = next((BK, BV) for BK, BV in TILES if BK >= K and (BV >= V or BK == MAX_K))
     dot = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(q.dtype, precision)
     if INTERPRETED:
         dot = "ieee"  # the interpreter multiplies the bit patterns of bfloat16
-    return constants(tile, dot, g_fwd is not None, g_rev is not None, double=q.dtype == torch.float64)
+    there = g_fwd is not None, g_rev is not None
+    return constants(tile, dot, *there, backward=backward, double=q.dtype == torch.float64)
 
 
-def constants(tile: tuple[int, int], dot: str, fwd: bool, rev: bool, double: bool = False) -> dict:
+def constants(
+    tile: tuple[int, int], dot: str, fwd: bool, rev: bool, *, backward: bool, double: bool = False
+) -> dict:
     """The compile-time constants of a kernel for a tile of TILES, an arithmetic and the directions that there are."""
     return {
         "FWD": fwd, "REV": rev, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1, "BK": tile[0], "BV": tile[1],
         "ACC": kernels.tl.float64 if double else kernels.tl.float32, "DOT": dot, "LIMIT": 2000.0 if double else 300.0,
-        "num_warps": TILES[tile], "num_stages": 1,
+        "BOUND": BOUND_BACKWARD[dot] if backward else BOUND,
+        "STAGES": STAGES if dot == "bf16" and tile[0] < MAX_K else 1,
+        "num_warps": TILES[tile][backward and dot == "bf16"], "num_stages": 1,
+        "maxnreg": None if backward else REGISTERS.get(tile),
     }  # fmt: skip

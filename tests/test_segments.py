@@ -1,0 +1,248 @@
+"""Segments and paths of the fused layer: how a sequence is cut, and which of two arithmetics a program takes.
+
+A sequence longer than `launch.SEGMENT` is cut into segments, whose states are found and combined first. A program
+computes by the fast path and again by the path for every gate if it met an exponent below `launch.BOUND`. Neither
+choice may show in the result. Tests shrink the segments, so that a few chunks make several, and move the bound, so
+that one path alone is at work. Both paths and every cut must agree with the naive layer: bitwise on dyadic inputs,
+elsewhere within the bound of `vig_ref.tolerance`.
+
+What is not seen here: the compiler, races, and the arithmetic of bfloat16, which only a GPU has.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from cases import CHUNK, FUSED_DEVICE
+from test_exact import HALF, dyadic, equal_bits
+from test_layers import check
+from vig_ref import bidirectional_gla, fused, gla, naive
+from vig_ref.fused import kernels, launch
+from vig_ref.tolerance import NAMES, Inputs, draw, evaluate
+
+C = fused.CHUNK
+INF = float("inf")
+#: Natural log gates in base 2, the unit of the bounds.
+LOG2 = float(-HALF)
+
+
+@pytest.fixture
+def segments_of(monkeypatch):
+    return lambda tokens: monkeypatch.setattr(launch, "SEGMENT", tokens)
+
+
+@pytest.fixture
+def fresh_memory_is_nan():
+    """That of the segments' states included, which tests/conftest.py does not watch."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def set_bounds(monkeypatch, bound: float):
+    monkeypatch.setattr(launch, "BOUND", bound)
+    monkeypatch.setattr(launch, "BOUND_BACKWARD", dict.fromkeys(launch.BOUND_BACKWARD, bound))
+
+
+@pytest.fixture
+def recomputed(monkeypatch):
+    """The token ranges that programs computed again by the path for every gate: (pass, first token, end)."""
+    calls = []
+
+    def recorded(which: str):
+        function = getattr(kernels, f"{which}_halving")
+        start, end = (function.arg_names.index(name) for name in ("start", "end"))
+
+        def call(*arguments):
+            calls.append((which, *(int(np.asarray(arguments[n].handle.data).item()) * C for n in (start, end))))
+            return function(*arguments)
+
+        monkeypatch.setattr(kernels, f"{which}_halving", call)
+
+    recorded("forward")
+    recorded("backward")
+    return calls
+
+
+#: Bounds with which every program takes one path.
+PATHS = {"fast path alone": -1e4, "path for every gate alone": 1.0}
+interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="needs a machine without a GPU")
+
+
+def one_head(x: Inputs) -> Inputs:
+    return Inputs(*(t[:, :1] for t in x))
+
+
+def gentle(T: int, K: int, V: int, seed: int) -> Inputs:
+    """Dyadic inputs with at most 8 halvings of a row, anywhere, and no resets: exact on the fast path, too."""
+    r = torch.Generator().manual_seed(seed)
+
+    def gates():
+        n = torch.randint(1, 3, (1, 1, T, K), generator=r) * (torch.rand(1, 1, T, K, generator=r) < 5 / T)
+        return torch.where(n.cumsum(2) <= 8, n, 0) * HALF
+
+    return one_head(dyadic(T, K, V, seed))._replace(g_fwd=gates(), g_rev=gates())
+
+
+def on_device(*sizes: int, **options) -> Inputs:
+    return draw(*sizes, device=FUSED_DEVICE, **options)
+
+
+def judge(x: Inputs, **options):
+    check(fused.bidirectional_gla, x, scale=0.5, chunk=CHUNK["fused"], **options)
+
+
+def same_bits(x: Inputs):
+    equal_bits(fused, x, evaluate(naive.bidirectional_gla, x, scale=2.0), 2.0)
+
+
+# --- segments --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "T", "inputs"), [(16, 33, dyadic), (32, 65, gentle), (64, 65, gentle)])
+def test_segments_of_any_length_are_bitwise_equal_on_dyadic_inputs(segments_of, tokens, T, inputs):
+    segments_of(tokens)
+    same_bits(one_head(inputs(T, 3, 4, seed=0)))
+
+
+@pytest.mark.parametrize("T", [31, 32, 33, 64])
+def test_lengths_at_the_edge_of_a_segment(segments_of, T):
+    segments_of(32)
+    same_bits(gentle(T, 3, 4, seed=T))
+
+
+@pytest.mark.parametrize(("regime", "T"), [("moderate", 33), ("strong", 17), ("reset", 17)])
+def test_segments_equal_the_oracle(segments_of, fresh_memory_is_nan, regime, T):
+    segments_of(16)
+    judge(on_device(1, 1, T, 5, 7, regime=regime))
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="the compiled layer takes no float64")
+def test_segments_in_float64(segments_of):
+    """To 1e-12 of the gauge: tests/test_exact.py has that this is what the bound says."""
+    segments_of(16)
+    judge(on_device(1, 1, 17, 3, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_segments_of_one_direction(segments_of, reverse):
+    segments_of(16)
+    x = gentle(33, 3, 4, seed=int(reverse))
+
+    def one_direction(layer):
+        device = FUSED_DEVICE if layer == "fused" else "cpu"
+        leaves = [t.to(device, copy=True).requires_grad_() for t in (*x[:3], x[3 + reverse])]
+        o = gla(*leaves, reverse=reverse, scale=-0.5, backend=layer)
+        return [t.cpu() for t in (o, *torch.autograd.grad(o, leaves, x.do.to(o.device)))]
+
+    assert all(map(torch.equal, one_direction("fused"), one_direction("naive")))
+
+
+def test_segments_of_several_blocks_of_v(segments_of):
+    """K above 32: the tile has few rows, so that V is cut, and every block of it has states of its own."""
+    segments_of(16)
+    same_bits(gentle(17, 40, 35, seed=0))
+
+
+def test_segments_of_a_neighbour_do_not_matter(segments_of):
+    """Bitwise the same alone and in a batch; each sequence of each head has states of its own."""
+    segments_of(16)
+    x = on_device(2, 2, 17, 3, 4)[:5]
+    whole, alone = (bidirectional_gla(*tensors, backend="fused") for tensors in (x, [t[1:, 1:] for t in x]))
+    assert torch.equal(whole[1:, 1:], alone)
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 255, 256, 257, 1000, 65_536, 65_537, 100_000, 5_000_000])
+def test_a_sequence_is_cut_into_few_segments(T):
+    """Whole chunks, no segment without tokens, and none longer than it must be."""
+    tokens = launch._segment(T)
+    segments = launch._grid(torch.empty(1, 1, T, 1, device="meta"), {"BV": 32})[2]
+    assert tokens % C == 0
+    assert (segments - 1) * tokens < T <= segments * tokens
+    assert segments <= launch.MAX_SEGMENTS
+    assert tokens < T + C
+    assert tokens <= max(launch.SEGMENT, 2 * -(-T // launch.MAX_SEGMENTS) + C)
+
+
+# --- paths -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bound", PATHS.values(), ids=PATHS)
+def test_each_path_alone_is_bitwise_equal_on_dyadic_inputs(monkeypatch, bound):
+    set_bounds(monkeypatch, bound)
+    same_bits(gentle(37, 5, 7, seed=0))
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="the compiled layer takes no float64")
+@pytest.mark.parametrize("bound", PATHS.values(), ids=PATHS)
+def test_each_path_alone_equals_the_oracle(monkeypatch, bound):
+    set_bounds(monkeypatch, bound)
+    judge(on_device(1, 1, 37, 5, 7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bound", PATHS.values(), ids=PATHS)
+def test_first_gate_of_each_scan_has_no_gradient_on_either_path(monkeypatch, bound):
+    """0, and not only nearly, though the fast path adds up terms that merely cancel there."""
+    set_bounds(monkeypatch, bound)
+    got = evaluate(fused.bidirectional_gla, on_device(1, 1, 37, 5, 7), scale=0.5)
+    assert (got["dg_fwd"][:, :, 0] == 0).all()
+    assert (got["dg_rev"][:, :, -1] == 0).all()
+    assert (got["dg_fwd"][:, :, 1:] != 0).all()
+
+
+@interpreted
+@pytest.mark.parametrize("reverse", [False, True])
+def test_one_strong_gate_makes_one_segment_compute_again(segments_of, recomputed, reverse):
+    segments_of(16)
+    x = on_device(1, 1, 33, 3, 4, regime="keep")
+    x[3 + reverse][:, :, 21, 1] = -INF
+    judge(x)
+    assert set(recomputed) == {("forward", 16, 32), ("backward", 16, 32)}
+
+
+def worst_case(exponent: float, how: str, T: int) -> Inputs:
+    """Gates that forget `exponent`, in base 2, between the middles of two chunks."""
+    x = on_device(1, 1, T, 3, 4, regime="keep")
+    for g, last in ((x.g_fwd, T - 1), (x.g_rev, 0)):
+        if how == "evenly":
+            g[:] = exponent * LOG2 / C
+        else:
+            g[:, :, {"in the middle": T // 2, "last": last}[how]] = exponent * LOG2
+    return x
+
+
+@interpreted
+@pytest.mark.parametrize("how", ["evenly", "in the middle", "last"])
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_both_sides_of_the_bound(recomputed, which, how):
+    """Just above it the fast path is kept, just below it left, and either agrees with the oracle."""
+    bound = {"forward": launch.BOUND, "backward": launch.BOUND_BACKWARD["ieee"]}[which]
+    for factor, again in ((0.99, False), (1.01, True)):
+        judge(worst_case(bound * factor, how, 32))
+        assert (which in {call[0] for call in recomputed}) == again, (factor, recomputed)
+        recomputed.clear()
+
+
+@pytest.mark.parametrize(("T", "strong"), [(1, -INF), (13, -100.0), (32, -INF)])
+def test_one_strong_gate_at_either_end(T, strong):
+    """Half a chunk there lies behind the last middle: no state passes it, but its exponents count."""
+    for t in {0, T - 1}:
+        x = on_device(1, 1, T, 3, 4)
+        x.g_fwd[:, :, t] = strong
+        x.g_rev[:, :, T - 1 - t] = strong
+        judge(x)
+
+
+@pytest.mark.parametrize("regime", ["vig", "strong"])
+def test_nan_in_a_gate_stays_nan(segments_of, regime):
+    """Whatever the path, and across segments: what the oracle calls NaN is not a number here either."""
+    segments_of(16)
+    x = on_device(1, 1, 17, 3, 4, regime=regime)
+    x.g_fwd[:, :, 13, 1] = torch.nan
+    x.g_rev[:, :, 16, 1] = torch.nan
+    got = evaluate(fused.bidirectional_gla, x, scale=0.5)
+    expected = evaluate(naive.bidirectional_gla, Inputs(*(t.cpu() for t in x)), scale=0.5)
+    expected["dg_fwd"][:, :, 0] = expected["dg_rev"][:, :, -1] = 0  # known without computing
+    for name in NAMES:
+        assert got[name].cpu()[expected[name].isnan()].isnan().all(), name

@@ -1,0 +1,712 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 3. One kernel, two directions
+#
+# **Time** 60 minutes with the exercises; the cells run in less than a minute · **Prerequisites** chapters
+# [1](01_a_gate_is_a_memory.ipynb) and [2](02_from_a_loop_to_matmuls.ipynb); no Triton, no GPU · **Device** a laptop CPU with
+# Linux (Triton is published for no other system; elsewhere, read along)
+#
+# **The question.** Chapter 2 turned the loop into matrix products, but PyTorch writes every intermediate result to
+# memory and reads it back. How does a GPU compute both scans of Equation 6 in *one* launch, reading each input hardly
+# more than once, and how near can that come to what the machine allows?
+#
+# You write your first Triton kernel, then one chunk, then a scan. After that you can read the real one: all source
+# shown below is fetched from [`vig_ref/fused/`](../vig_ref/fused/kernels.py) while the notebook runs.
+
+# %%
+import inspect
+import json
+import os
+import textwrap
+import warnings
+from pathlib import Path
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels are interpreted, on CPU tensors
+
+import torch
+import triton
+import triton.language as tl
+from exercises import check
+from figures import ch03
+
+import vig_ref
+from vig_ref import tolerance, traffic
+from vig_ref.chunked import chunks
+from vig_ref.fused import anchored, blocks, kernels, launch
+from vig_ref.fused.blocks import LOG2E, ahead, dot, load, sequence, store, sums
+
+# A kernel may try a fast form first, and compute again where that overflows; the interpreter would say so each time.
+warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+torch.set_num_threads(1)  # the tensors are small
+inf = float("inf")
+
+
+def equal(name, mine, right):
+    close = torch.allclose(mine.double(), right.double(), rtol=1e-4, atol=1e-4)
+    print(f"{name}: {close}, largest difference {(mine - right).abs().max():.0e} of {right.abs().max():.0f}")
+
+
+def show(function, first="@triton.jit", last=None):
+    """The source of a kernel, from the line that holds `first` to the next one that holds `last`, or to the end."""
+    lines = inspect.getsource(function.fn).rstrip().split("\n")
+    start = next(n for n, line in enumerate(lines) if first in line)
+    end = next(n for n in range(start, len(lines)) if last in lines[n]) if last else len(lines) - 1
+    print(textwrap.dedent("\n".join(lines[start : end + 1])), end="\n\n")
+
+
+# %% [markdown]
+# `TRITON_INTERPRET=1` makes Triton run kernels with NumPy, on CPU tensors, one program after the other. Slow, and the
+# same source: what you write here compiles on a GPU.
+#
+# ## 1. A program, and its block
+#
+# A kernel is a function that a GPU runs many times at once. Each run is a **program**; all get the same arguments, and
+# differ in one thing, their number. There is no loop over the data: a program asks who it is, computes the
+# **addresses** of its own block, loads it, computes, and stores it.
+
+
+# %%
+@triton.jit
+def alpha_kernel(p_g, p_alpha, p_who, T, C: tl.constexpr):
+    i = tl.program_id(0) * C + tl.arange(0, C)  # the tokens that are mine  [C]
+    g = tl.load(p_g + i, mask=i < T, other=0.0)  # a pointer and offsets: C addresses
+    tl.store(p_alpha + i, tl.exp(g), mask=i < T)  # alpha = exp(g)
+    tl.store(p_who + i, tl.program_id(0), mask=i < T)  # only for us to see
+
+
+T, C = 37, 16
+g = -torch.rand(T, generator=torch.Generator().manual_seed(0))
+alpha, who = torch.full((T,), torch.nan), torch.full((T,), -1)
+alpha_kernel[(triton.cdiv(T, C),)](g, alpha, who, T, C=C)  # [grid]: how many programs
+equal("alpha_kernel = exp", alpha, g.exp())
+print("which program wrote which token:", *who.tolist())
+
+# %% [markdown]
+# Six ideas, and there are hardly more:
+#
+# | in the kernel | what it is |
+# |---|---|
+# | `p_g` | a **pointer**: the address of the tensor's first element. No shape, no strides, no bounds |
+# | `tl.program_id(0)` | the number of this program, from 0; the **grid**, in brackets at the launch, says how many there are |
+# | `tl.arange(0, C)` | a **block** of C numbers. All blocks have sizes that are powers of two, known when it compiles |
+# | `C: tl.constexpr` | a compile-time constant: another C is another compiled kernel |
+# | `tl.load`, `tl.store` | a block of addresses in, a block of values out, and back |
+# | `mask` | which addresses exist. 37 is not a multiple of 16, and behind the end lies somebody else's memory |
+
+# %%
+ch03.programs(T, C)
+
+# %% [markdown]
+# *Three programs of C = 16 tokens for T = 37. The hatched part is masked: loads give `other`, stores do nothing.*
+#
+# `other=0.0` is chosen with care. A log gate of 0 forgets nothing, a key of 0 adds nothing: padding in registers that
+# changes no result.
+#
+# ### Two dimensions, any strides
+#
+# A tensor `[B, H, T, K]` is one row of numbers in memory; its **strides** say how far apart neighbours are along each
+# axis. So the address of token $t$, channel $c$ is `pointer + t * stride_t + c * stride_d`, and a block `[C, BK]` of
+# addresses is a column plus a row. This is what the library loads all its inputs with:
+
+# %%
+for function in (blocks.tile, blocks.load):
+    show(function)
+
+# %% [markdown]
+# `x` is a tuple of pointer and strides: views and transposed tensors are read where they lie, nothing is copied.
+# `int64`, since an offset may exceed $2^{31}$. BK is K rounded up to a power of two; columns beyond K are masked too.
+#
+# ## 2. Sums of gates, by a matrix product
+#
+# A chunk needs $b_i = g_0 + \dots + g_i$ (chapter 2, `decay_to`). A running sum is a chain, each step waits for the one
+# before. But a GPU has tensor cores, which do matrix products of 16 × 16 and more in a few clock cycles. So the sum
+# is one, with a matrix of zeros and ones:
+#
+# $$b = M g, \qquad E = e^{M g}, \qquad M_{it} = 1 \text{ if the gate of token } t \text{ lies between token } i
+# \text{ and the boundary}$$
+
+# %%
+show(blocks.ahead)
+show(blocks.sums)
+
+# %% [markdown]
+# Our second kernel is made of the library's own pieces. The exponential is $2^x$, the one that the hardware has, and so
+# log gates are multiplied by $\log_2 e$ once.
+
+
+# %%
+@triton.jit
+def decay_kernel(g, E, T, K, C: tl.constexpr, BK: tl.constexpr):
+    n = tl.program_id(0)  # one program a chunk
+    b_g = load(g, n * C, T, K, C, BK) * LOG2E  # [C, BK]
+    M = ahead(True, True, C)  # 1 from the left edge to token i, itself included  [C, C]
+    b = sums(M, b_g, "ieee")  # M g  [C, BK]
+    store(E, tl.exp2(b), n * C, T, K, C, BK)
+
+
+def sequence_of(x):
+    return x[0, 0], *x.stride()[2:]
+
+
+x = tolerance.draw(B=1, H=1, T=37, K=6, V=10, regime="vig")
+E = torch.empty_like(x.g_fwd)
+decay_kernel[(3,)](sequence_of(x.g_fwd), sequence_of(E), 37, 6, C=16, BK=16)
+E_chunked = torch.exp(chunks.decay_to(chunks.cut(x.g_fwd, 16), reverse=False)).flatten(2, 3)[:, :, :37]
+equal("E = exp2(M g), kernel = chunked", E, E_chunked)
+
+# %% [markdown]
+# Two details that cost somebody a day each:
+#
+# - **A gate of −∞.** $0 \cdot \infty$ is NaN, so a product $M g$ with an infinite gate is NaN even where $M$ is 0.
+#   The library's `load_gate` clamps log gates far below the point where the exponential is 0 anyway.
+# - **What M is made of.** Zeros, ones and minus ones would fit in int8. On an H200, with Triton 3.6, converting int8 to
+#   bfloat16 in a block `[16, 16]` with 4 warps gave *wrong values*: no error, no NaN. It was found only because every
+#   configuration is compared with the oracle before it is timed. So M is made of floats. The interpreter cannot show
+#   such a thing: it runs the source, not what a compiler made of it.
+#
+# ## 3. One chunk
+#
+# Everything inside one chunk, one direction, is Equation 5 unrolled (chapter 2, `textbook`), and now fits in ten lines:
+#
+# $$A = \left( q \odot e^{b} \right) \left( k \odot e^{-b} \right)^\top \text{ where } i \ge j, \qquad o = A v$$
+#
+# $A$ is never written to memory. It lives in the registers of one program, between two products.
+
+
+# %%
+@triton.jit
+def chunk_kernel(q, k, v, g, o, T, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    b_q, b_k, b_v = load(q, 0, T, K, C, BK), load(k, 0, T, K, C, BK), load(v, 0, T, V, C, BV)
+    b = sums(ahead(True, True, C), load(g, 0, T, K, C, BK) * LOG2E, "ieee")  # [C, BK]
+    A = dot(b_q * tl.exp2(b), tl.trans(b_k * tl.exp2(-b)), tl.zeros((C, C), tl.float32), "ieee")
+    reads = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]  # i >= j
+    b_o = dot(tl.where(reads, A, 0.0), b_v, tl.zeros((C, BV), tl.float32), "ieee")  # A v
+    store(o, b_o, 0, T, V, C, BV)
+
+
+T = 13
+one = [t[:, :, :T].contiguous() for t in x[:4]]  # q, k, v, g_fwd of the first 13 tokens
+o = torch.full_like(one[2], torch.nan)
+chunk_kernel[(1,)](*map(sequence_of, (*one, o)), T, 6, 10, C=16, BK=16, BV=16)
+for backend in ("naive", "chunked", "fused"):
+    equal(f"one chunk = {backend}", o, vig_ref.gla(*one, scale=1.0, backend=backend))
+
+# %% [markdown]
+# `dot` is `tl.dot` with the rounding named: `"ieee"` for float32 as it is, `"tf32"`, or `"bf16"`. Blocks of a product
+# have at least 16 rows and columns; that, and `[C, C]` in registers, is why C = 16 here.
+#
+# ## 4. A scan: the loop over chunks
+#
+# Between chunks the state is carried, by steps 2 and 3 of chapter 2 in one line: what enters fades by `total`, each
+# token's pair by what is met after it. The library's own:
+
+# %%
+show(blocks.carry)
+
+# %% [markdown]
+# The state is held **transposed**, `[BV, BK]`: a channel of $k$ and its gate are a column then, as in `[C, BK]` (and
+# the tensor cores' result lies as their next operand must). `LEFT` says to which edge. Now the scan: one program per
+# head, which walks through its chunks with the state in registers.
+
+
+# %%
+@triton.jit
+def scan_kernel(q, k, v, g, o, H, T, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    i_b, i_h = tl.program_id(0) // H, tl.program_id(0) % H
+    q, k, g = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0), sequence(g, i_b, i_h, 0)
+    v, o = sequence(v, i_b, i_h, 0), sequence(o, i_b, i_h, 0)
+    reads = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
+    S = tl.zeros((BV, BK), tl.float32)
+    for n in range(tl.cdiv(T, C)):
+        b_q, b_k, b_v = load(q, n * C, T, K, C, BK), load(k, n * C, T, K, C, BK), load(v, n * C, T, V, C, BV)
+        b_g = load(g, n * C, T, K, C, BK) * LOG2E
+        b = sums(ahead(True, True, C), b_g, "ieee")
+        A = dot(b_q * tl.exp2(b), tl.trans(b_k * tl.exp2(-b)), tl.zeros((C, C), tl.float32), "ieee")
+        b_o = dot(b_q * tl.exp2(b), tl.trans(S), tl.zeros((C, BV), tl.float32), "ieee")  # across: (q exp(b)) S
+        b_o = dot(tl.where(reads, A, 0.0), b_v, b_o, "ieee")  # inside: + A v
+        b_kE = b_k * tl.exp2(sums(ahead(False, False, C), b_g, "ieee"))  # what fades after j, to the right edge
+        S = dot(tl.trans(b_v), b_kE, tl.exp2(tl.sum(b_g, 0))[None, :] * S, "ieee")  # exp(total) S + S_own
+        store(o, b_o, n * C, T, V, C, BV)
+
+
+# %%
+def launch_scan(kernel, q, k, v, g):
+    """Runs a kernel like the one above, one program per batch and head; o is NaN where the kernel writes nothing."""
+    B, H, T, K = q.shape
+    V, o = v.shape[3], torch.full_like(v, torch.nan)
+    tensors = [(t, *t.stride()) for t in (q, k, v, g, o)]
+    kernel[(B * H,)](*tensors, H, T, K, V, C=16, BK=max(16, triton.next_power_of_2(K)), BV=16)
+    return o
+
+
+x = tolerance.draw(B=1, H=2, T=37, K=6, V=10, regime="vig")
+o_fwd = launch_scan(scan_kernel, *x[:4])
+for backend in ("naive", "chunked", "fused"):
+    equal(f"scan = {backend}", o_fwd, vig_ref.gla(*x[:4], scale=1.0, backend=backend))
+
+# %% [markdown]
+# Compare the traffic with chapter 2: inputs are read once, the result is written once, and **the state never leaves the
+# chip**.
+#
+# **Exercise 1.** The reverse scan, $S_t = \alpha_t \odot S_{t+1} + k_t^\top v_t$. Copy `scan_kernel` and turn it round;
+# do not flip a tensor. Four places change.
+
+
+# %%
+@triton.jit
+def reverse_kernel(q, k, v, g, o, H, T, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Like `scan_kernel`, from the last token to the first."""
+    ...  # your turn
+
+
+def reverse_in_chunks(q, k, v, g):
+    """o of the reverse scan with scale 1, `[B, H, T, V]`."""
+    return launch_scan(reverse_kernel, q, k, v, g)
+
+
+check(reverse_in_chunks)
+
+# %% [markdown]
+# ## 5. One launch for both
+#
+# Equation 6 wants the mean of both scans: $o_t = \frac{\text{scale}}{2}\,(q_t \overrightarrow{S}_t + q_t
+# \overleftarrow{S}_t)$. The obvious way is two launches, `scan_kernel` and yours, the second adding to what the first
+# wrote. But q, k and v are then read twice, `o` is written twice and read once. In bytes, for one token and head of
+# ViG-T in bfloat16, with float32 gates:
+
+# %%
+K, V, half, full = 32, 64, 2, 4  # bytes of bfloat16 and float32
+one_scan = half * (2 * K + 2 * V) + full * K  # q, k, v, o; one gate
+print("two launches:", 2 * one_scan + half * V, "bytes; once each:", half * (2 * K + 2 * V) + 2 * full * K, "bytes")
+
+# %% [markdown]
+# Can one program do both? Token $t$ needs what lies left of it and what lies right of it, and a program meets chunks
+# one after the other. So it walks twice:
+#
+# 1. **right to left**: carry $\overleftarrow{S}$ and *write it to scratch memory for every chunk*;
+# 2. **left to right**: carry $\overrightarrow{S}$ in registers, read the chunk's $\overleftarrow{S}$ back, and with
+#    both at hand finish the chunk: one `A` for both directions, lower triangle from one scan, upper from the other,
+#    and one product $A v$.
+#
+# No program waits for another, or reads what another wrote. That is why one launch is enough. Inside a program, a
+# barrier between the sweeps makes what its threads wrote visible to all of them.
+
+# %%
+ch03.sweeps()
+
+# %% [markdown]
+# *Both sweeps over four chunks. The backward pass has the same shape: the first sweep carries the reverse state and the
+# gradient of the forward one, which runs right to left too; the second one carries the other two.*
+#
+# Here are the sweeps in the real kernel. First, right to left:
+
+# %%
+show(anchored.forward_anchored, "if REV:", "debug_barrier")
+
+# %% [markdown]
+# `tl.range(..., num_stages=STAGES)` lets the compiler fetch the next chunks while this one is computed. `_advance` takes
+# the state on to this chunk; section 6 says to where. Then left to right, and out:
+
+# %%
+show(anchored.forward_anchored, "for n in tl.range(start, end", "store(o")
+
+# %% [markdown]
+# You know nearly every line. `FWD` and `REV` are compile-time constants: `gla`, one direction, is the same kernel with
+# half of it left out. (`b_vT` is $v$ once more, in the layout of the product that wants it transposed.)
+#
+# ### What is in the scratch memory?
+#
+# One state a chunk, `[BV, BK]`. Not one a token: chapter 2's argument. And not in registers, of which a whole multiprocessor (SM) has 256
+# KiB, to be shared by several programs:
+
+# %%
+states = triton.cdiv(196, launch.CHUNK)  # T = 196
+print(f"{states} states of [64, 32] in float32: {states * 64 * 32 * 4 / 1024:.0f} KiB")
+
+# %% [markdown]
+# Let us look into it. The launcher allocates it in `_states`; we keep a reference, call the operator, and compare with
+# the states of the loop.
+
+
+# %%
+def loop_states(k, v, g):
+    """S_rev[t] of one head by the recurrence.  [T, K, V]"""
+    S, states = torch.zeros(k.shape[1], v.shape[1], dtype=v.dtype), []
+    for t in reversed(range(len(k))):
+        S = g[t].exp()[:, None] * S + k[t, :, None] * v[t, None, :]
+        states.insert(0, S)
+    return torch.stack(states)
+
+
+kept, allocate = [], launch._states
+
+
+def keep(*args):
+    kept.append(allocate(*args))
+    return kept[-1]
+
+
+y = tolerance.draw(B=1, H=1, T=40, K=8, V=12, regime="vig")
+with mock.patch.object(launch, "_states", keep):
+    vig_ref.bidirectional_gla(*y[:5], backend="fused")
+scratch = kept[0].mT[:, :8, :12]  # held transposed and padded  [chunks, K, V]
+print("the launcher's scratch memory:", list(kept[0].shape), kept[0].dtype)
+
+# %% [markdown]
+# **Predict**: chunk 0 holds tokens 0 to 15. Which state would you expect in `scratch[0]`? The one that enters chunk 0
+# from the right is $\overleftarrow{S}_{16}$.
+
+# %%
+k0, v0, g0 = y.k[0, 0], y.v[0, 0], y.g_rev[0, 0]
+S_rev = loop_states(k0, v0, g0)  # [T, K, V]
+to_middle = g0[8:16].sum(0).exp()[:, None]  # the gates of the right half of chunk 0  [K, 1]
+for name, S in (("S_rev[16], at the edge", S_rev[16]), ("S_rev[16] faded to the middle", to_middle * S_rev[16])):
+    equal(f"scratch[0] = {name}", scratch[0], S)
+
+# %% [markdown]
+# It is the state at the chunk's **middle**, from before the chunk's own tokens. Why there?
+#
+# ## 6. The boundary in the middle
+#
+# Chapter 2 ended with a warning. Splitting $e^{b_i - b_j}$ into $e^{b_i} e^{-b_j}$ has one positive exponent, which
+# grows with all that the chunk forgets; it overflows float32 at 88, in base 2 at 128. Halving never overflows, but
+# needs $\log_2 C$ levels: for C = 16 four small products in the place of one. The kernel wants one product whenever
+# that is safe.
+#
+# First step: count $b$ from the middle of the chunk. Then the largest exponent is what *half* a chunk forgets.
+
+# %%
+b_edge = chunks.decay_to(torch.full((16, 1), -8.0), reverse=False)[:, 0] * LOG2E.value  # base 2
+b_middle = b_edge - b_edge[7]
+ch03.exponents(b_edge, b_middle)
+
+# %% [markdown]
+# *b of a chunk of 16 tokens with g = −8 each, in base 2, from its edge and from its middle. Left, exp2(−b) leaves
+# float32; right, it stays inside on both sides.*
+#
+# For tokens behind the middle, in the order of the scan, $b_i$ is the sum of gates from the middle to $i$. For those
+# before it, it is *minus* the sum of the gates from $i$ (not included) to the middle, so that still
+# $e^{b_i - b_j}$ is the decay from $j$ to $i$. The state that all tokens read is then the one at the middle: this is
+# why states are carried from middle to middle.
+#
+# **Exercise 2.** Which M gives this $b = M g$? The middle lies between tokens C/2 − 1 and C/2; the reverse scan meets
+# the right half first.
+
+
+# %%
+def middle_matrix(C: int, reverse: bool):
+    """M `[C, C]` of 0, 1 and -1, with b = M g counted from the middle."""
+    ...  # your turn
+
+
+check(middle_matrix)
+
+# %% [markdown]
+# The kernel's own, and how a state gets from one middle to the next, across the far half of one chunk and the near half
+# of another:
+
+# %%
+show(anchored._middle)
+show(anchored._advance)
+
+# %% [markdown]
+# ## 7. For every gate: look, and compute again
+#
+# A moved boundary without a check only moves the gate at which a kernel fails. But `_advance` has just summed the gates
+# of both halves of a chunk, and keeps the smallest sum over a chunk in `lowest`; no exponent inside a chunk is larger
+# than that. So the program *knows* when it has gone too far, and the kernel ends like this:
+
+# %%
+show(kernels.forward_kernel, "lowest = forward_anchored")
+print(f"BOUND = {launch.BOUND}")
+
+# %% [markdown]
+# `halving.py` is chapter 2's `intra_chunk`, level by level, and right for every gate; it writes all results of that
+# program once more. **Predict**: all gates are equal, the chunk has 16 tokens, half a chunk has 8. At which gate
+# does the kernel turn to halving, and at which would the fast path break?
+
+# %%
+half_chunk, log2e = launch.CHUNK // 2, LOG2E.value
+print(f"turns to halving beyond g = {launch.BOUND / (2 * half_chunk * log2e):.1f}")
+print(f"exp2(-b) leaves float32 at about g = {-128 / (half_chunk * log2e):.1f}")
+
+# %% [markdown]
+# Measure: the fast path alone (BOUND = −∞: no check), halving alone (BOUND = +∞), and the kernel as it is.
+
+# %%
+z = tolerance.draw(B=1, H=1, T=32, K=8, V=8)
+
+
+def error(gate, bound=launch.BOUND):
+    gates = [torch.full_like(z.q, gate)] * 2
+    exact = vig_ref.bidirectional_gla(*(t.double() for t in (*z[:3], *gates)), backend="naive")
+    with mock.patch.object(launch, "BOUND", bound):
+        o = vig_ref.bidirectional_gla(*z[:3], *gates, backend="fused")
+    return ((o - exact).abs().max() / exact.abs().max()).item()
+
+
+gates = [-0.04, -0.5, -2.0, -3.0, -5.0, -8.0, -10.0, -12.0, -20.0, -100.0]
+ways = {"fast path, no check": -inf, "halving": inf, "the kernel": launch.BOUND}
+ch03.errors(gates, {name: [error(gate, bound) for gate in gates] for name, bound in ways.items()}, launch.BOUND)
+
+# %% [markdown]
+# *Largest error over largest result in float32. The fast path alone is as good as halving, then loses digits where its
+# factors become too small for float32, then returns NaN. The kernel leaves it before any of this.*
+#
+# The backward pass has a bound of its own, and a tighter one: in a gate's gradient, terms of size 1 cancel to what is
+# left of them, and that [must not be lost in rounding](../docs/numerics.md).
+#
+# A reset is a gate of −∞, and so always below the bound. The check is made by each program for itself: one head with a
+# strong gate does not slow the others down. Count how often halving is entered, for four heads, of which one has a
+# single reset:
+
+# %%
+z4 = tolerance.draw(B=1, H=4, T=32, K=8, V=8, regime="vig")
+z4.g_fwd[0, 2, 11, 5] = -inf
+with mock.patch.object(kernels, "forward_halving", wraps=kernels.forward_halving) as again:
+    o = vig_ref.bidirectional_gla(*z4[:5], backend="fused")
+equal("with a reset, fused = chunked", o, vig_ref.bidirectional_gla(*z4[:5], backend="chunked"))
+print(f"programs: 4, of which {again.call_count} computed again")
+
+# %% [markdown]
+# A check has to see *every* gate. So try a reset at each token, each in an image of its own, in both directions at
+# once:
+
+# %%
+r = tolerance.draw(B=32, H=1, T=32, K=8, V=8, regime="vig")
+for i in range(32):
+    r.g_fwd[i, :, i] = r.g_rev[i, :, 31 - i] = -inf
+o = vig_ref.bidirectional_gla(*r[:5], backend="fused")
+exact = vig_ref.bidirectional_gla(*(t.double() for t in r[:5]), backend="naive")
+right = ((o - exact).abs() < 1e-4).flatten(1).all(1)
+print(f"right: {right.sum()} of {len(right)} images")
+
+# %% [markdown]
+# Why so thorough? While this chapter was written, that very cell found the check blind in one place. You will meet it
+# among the common mistakes.
+#
+# ## 8. Few sequences, long ones
+#
+# The grid has one program per batch and head. An H200 has 132 multiprocessors (SMs): with B = 256 and H = 3 there are
+# 768 programs, with one large image there are 3, and 129 SMs have nothing to do. So long sequences are cut into
+# **segments**, and each segment gets a program:
+
+# %%
+print("tokens  tokens per segment  programs for B = 1, H = 3")
+for T in (196, 1024, 4096, 16384, 65536):
+    segment = launch._segment(T)
+    print(f"{T:6}  {segment:18}  {3 * triton.cdiv(T, segment):25}")
+
+# %% [markdown]
+# But a segment must know the state that enters it. Two small launches come first: one finds, for every segment alone,
+# what it adds to a state, and the decay across it; one combines these. The rule to combine two stretches is all of it.
+#
+# **Exercise 3.** A stretch of tokens is a pair: the log decay `total` across it, and the state `S` that it alone leaves
+# behind. What is the pair of two stretches, one after the other in the order of the scan?
+
+
+# %%
+def then(total_1, S_1, total_2, S_2):
+    """The pair (total, S) of stretch 1 followed by stretch 2. total: [K], natural logarithms; S: [K, V]."""
+    ...  # your turn
+
+
+check(then)
+
+# %% [markdown]
+# The rule is *associative*: (1 then 2) then 3 is 1 then (2 then 3). So the segments need not be combined one by one; a
+# tree does it in $\log_2$ steps, `tl.associative_scan`. Chapter 2's step 3 in another order. Make segments tiny, to have
+# some:
+
+# %%
+long = tolerance.draw(B=1, H=1, T=80, K=6, V=10, regime="vig")
+with mock.patch.object(launch, "SEGMENT", 32):
+    print("segments:", triton.cdiv(80, launch._segment(80)), "of", launch._segment(80), "tokens")
+    o = vig_ref.bidirectional_gla(*long[:5], backend="fused")
+for backend in ("naive", "chunked", "fused"):
+    equal(f"three segments = {backend}", o, vig_ref.bidirectional_gla(*long[:5], backend=backend))
+
+# %% [markdown]
+# Why not one launch here as well? A program would have to wait for states that others compute, and may wait only for
+# programs that are certain to run at the same time, which a grid does not promise. Three launches are right on every
+# scheduler. ViG at 224 × 224 has T = 196: one segment, one launch.
+#
+# ## 9. Forward and backward, through the front door
+#
+# The backward pass of [chapter 4](04_gradients_by_hand.ipynb) is one launch too, and by the same argument. It needs both
+# states and the gradients of both; two of the four travel right to left, and two left to right, so the same two sweeps
+# do. The states are computed again rather than kept. Everything through the public function, against the oracle:
+
+# %%
+w = tolerance.draw(B=1, H=2, T=37, K=6, V=10, regime="vig")
+exact = tolerance.reference(w, scale=0.5)  # naive, in float64
+for backend in ("naive", "chunked", "fused"):
+    got = tolerance.evaluate(vig_ref.bidirectional_gla, w, scale=0.5, backend=backend)
+    errors = {name: ((got[name] - exact[name]).abs().max() / exact[name].abs().max()).item() for name in exact}
+    print(f"{backend:8}", *(f"{name} {value:.0e}" for name, value in errors.items()), sep="  ")
+
+# %% [markdown]
+# All three are right to float32. *How* right a kernel has to be, and how that is tested, is
+# [chapter 8](08_how_to_trust_a_kernel.ipynb).
+#
+# ## 10. The roofline: what the machine allows
+#
+# How fast can this be at best? Count two things, and divide by what the machine can do:
+#
+# - **bytes** that must move between memory and chip: each input once, the result once;
+# - **FLOPs**, of which a multiplication with its addition has two.
+#
+# No kernel of this algorithm beats either; the larger of the two times is the floor. First the bytes.
+#
+# **Exercise 4.** For one token of one head, with q, k, v and o in bfloat16 (2 bytes).
+
+
+# %%
+def least_bytes(K: int, V: int, gate: int) -> int:
+    """Bytes that any kernel of Equation 6 must read and write per token and head; a gate has `gate` bytes."""
+    ...  # your turn
+
+
+check(least_bytes)
+
+# %% [markdown]
+# For ViG-T it is 512 with gates in bfloat16 and 640 with gates in float32:
+
+# %%
+K, V, C = 32, 64, launch.CHUNK
+q_k, v_o = 2 * 2 * K, 2 * 2 * V  # two of each, 2 bytes a number
+floor_bytes = {gate: q_k + v_o + 2 * gate * K for gate in (2, 4)}  # and two gates
+print({f"{gate} bytes a gate": n for gate, n in floor_bytes.items()})
+
+# %% [markdown]
+# Now the FLOPs of the fast path, from the sources above. Per token and direction: it is written into the state, 2KV, and
+# reads it, 2KV; its row of scores is 2CK. A sum of gates is two products of bfloat16 (`sums` cuts them into a high and a
+# low half), 2 · 2CK; there are seven, $M g$ three times (the reverse scan wants it in both sweeps) and two halves in each
+# `_advance`. $A v$ is shared: 2CV.
+
+# %%
+state, scores, sums_, values = 2 * K * V + 2 * K * V, 2 * C * K, 2 * 2 * C * K, 2 * C * V
+flops = 2 * (state + scores) + 7 * sums_ + values
+print(f"{flops} FLOPs; per byte:", {f"{gate} bytes a gate": round(flops / n) for gate, n in floor_bytes.items()})
+
+# %% [markdown]
+# And the machine, an NVIDIA H200. Its data sheet: 4.8 TB/s of memory, 989 TFLOP/s in dense bfloat16 products. A copy in
+# memory, which does nothing but move bytes, comes to about 4.3 TB/s, and that is what we divide by.
+
+# %%
+COPY, TENSOR = 4.3e12, 989e12  # bytes and FLOPs a second
+tokens = 256 * 3 * 196  # B * H * T: a batch of 256 images at 224 x 224 in ViG-T
+for gate, n in floor_bytes.items():
+    print(f"memory, {gate} bytes a gate: {tokens * n / COPY * 1e6:.1f} µs")
+print(f"products: {tokens * flops / TENSOR * 1e6:.1f} µs")
+
+# %%
+loop_bytes = floor_bytes[4] + 2 * 2 * 4 * K * V  # the state of each scan read and written at every token, in float32
+points = {"fused, float32 gates": flops / floor_bytes[4], "a loop, state in memory": 2 * 5 * K * V / loop_bytes}
+ch03.roofline(points, COPY, TENSOR)
+
+# %% [markdown]
+# *The roofline. An operation with few FLOPs per byte lies under the slope: memory limits it, and no arithmetic trick
+# helps. The kink is where products begin to matter.*
+#
+# The operator lies well to the left of the kink: **bytes decide**. Moving the state with every token would cost another
+# factor:
+
+# %%
+factor = loop_bytes / floor_bytes[4]
+print(f"state in memory: {factor:.0f} times the bytes, {tokens * loop_bytes / COPY * 1e6:.0f} µs at least")
+
+# %% [markdown]
+# ### Predict
+#
+# The floor counts each byte once. Our kernel reads k, v and one gate in both sweeps, and writes and reads a state a
+# chunk, in bfloat16. If the second reading always finds the data in the L2 cache, only the floor counts; if it never
+# does, all of it. So the prediction is a range, for float32 gates (`vig-ref bench traffic` counts the same, for all
+# layers and for the backward pass):
+
+# %%
+again = 2 * K + 2 * V + 4 * K  # k, v, g_rev in the first sweep
+scratch_bytes = 2 * 2 * K * V // C  # a state a chunk, bfloat16, written and read
+most_bytes = floor_bytes[4] + again + scratch_bytes
+print("as the library counts:", most_bytes == traffic.fused(K, V, T=196)["forward"])
+low, high = (tokens * n / COPY * 1e6 for n in (floor_bytes[4], most_bytes))
+print(f"{floor_bytes[4]} to {most_bytes} bytes a token and head: {low:.0f} to {high:.0f} µs")
+between = tokens * (again + scratch_bytes / 2) / 2**20
+print(f"between its sweeps the whole grid would leave {between:.0f} MiB in the L2 cache, which has 50")
+
+# %% [markdown]
+# This is a bound for *memory* only. A kernel can miss it for another reason: instructions. Exponentials, conversions,
+# address arithmetic and waiting for the step before do not appear in a roofline, and a scan has a chain of steps in
+# each program. So the sentence to test is: "forward at B = 256, T = 196 takes what its bytes take". If the record says
+# more, bytes are not what limits it.
+#
+# ## 11. What the GPU record says
+#
+# A laptop cannot test it. `vig-ref bench ops` measures on a GPU, after checking each result against the oracle, and
+# writes a record; ours belongs in `docs/results/h200-ops.json`.
+
+# %%
+path = Path("../docs/results/h200-ops.json")
+record = json.loads(path.read_text()) if path.exists() else None
+if record is None:
+    print(
+        "Not recorded yet: there is no measurement of the operator on a GPU in docs/results, and so nothing is claimed."
+    )
+else:
+    ch03.describe(record, tokens * floor_bytes[4])
+    ch03.table(record, "forward")
+    ch03.table(record, "forward+backward")
+
+# %%
+ch03.record(record, low, high)
+
+# %% [markdown]
+# *Time of the forward pass on an H200, with the predicted range of T224; as long as there is no record, the prediction
+# alone. T224 is ViG-T at 224 × 224 with a batch of 256, B224 is ViG-B, `b1` a batch of one, H-T s1 the first stage of
+# ViG-H-T.*
+#
+# How to read it, then and on your own GPU:
+#
+# - **fused / floor** says how far memory is from being the limit; 1 is perfect.
+# - **sdpa** is softmax attention, whose time grows with T²: compare along the shapes, not at one of them.
+# - **Small shapes** measure the launch, not the kernel.
+# - A time without the check that the result is right is worth nothing. See the int8 above.
+#
+# ## Common mistakes
+#
+# Some were made here, the others are planted in [`tests/mutants.py`](../tests/mutants.py) or are known from published
+# kernels.
+#
+# | mistake | what you see |
+# |---|---|
+# | **No mask, or a mask on rows only** | Nothing, until the memory behind the tensor is NaN ([chapter 8](08_how_to_trust_a_kernel.ipynb), red zones) or belongs to somebody. |
+# | **A fast path whose check does not see all gates.** Our first one looked at the sums *between the middles* of neighbouring chunks. The far half of the last chunk lies between no two middles | Right everywhere, NaN for a reset in the last eight tokens of a scan. Found by the cell that tries every token. |
+# | **Converting int8 to bfloat16** (4 warps, `[16, 16]`, Triton 3.6) | Wrong values on the GPU, right ones in the interpreter. Check each configuration on the device before timing it. |
+# | **$M g$ with $g = -\infty$** | NaN in every row, as $0 \cdot \infty$ is. Clamp first. |
+# | **No barrier between the sweeps** | Right in the interpreter, where a program is one thread; on a GPU wrong now and then. |
+# | **32-bit offsets** | Right until a tensor has more than $2^{31}$ elements. |
+# | **bfloat16 in the interpreter** | Wrong products: it multiplies bit patterns. Test bfloat16 on a GPU. |
+# | **`TRITON_INTERPRET` set after Triton was imported** | "backend 'fused' needs CUDA tensors". Set it in the first cell, or in the shell. |
+# | **The reverse scan by flipping copies** | Right, and every input is copied once more than it is read. |
+#
+# ## Summary
+#
+# - A program asks who it is, computes addresses, loads a block under a mask, computes, stores.
+# - Sums of gates are a product with a 0/1 matrix, $E = e^{M g}$; scores stay in registers, the state too.
+# - Two sweeps in one program: the first leaves a reverse state for each chunk, the second carries the forward state,
+#   and finishes each chunk for both directions. No program waits for another, so one launch is enough, forward and
+#   backward. Long sequences are cut into segments and need three.
+# - The fast path puts the boundary into the middle of a chunk, and looks at what the chunks forget; where that is too
+#   much, the program computes again by halving. Every gate from 0 to −∞ is right.
+# - Count bytes and FLOPs before you measure. Here bytes set the floor, and the difference to it is what a measurement is
+#   to explain.
+#
+# Next: [4. Gradients by hand](04_gradients_by_hand.ipynb).

@@ -1,0 +1,244 @@
+"""The fast path: the boundary of every chunk is its middle.
+
+With b_i the sum of gates from the middle to token i, counted negative on the side that the scan meets first,
+
+    weight of token j in token i  =  exp(b_i) * exp(-b_j)          for every j met before i, or i itself
+
+so that one product of matrices gives all scores of a direction. Exponents of both signs occur, bounded by what half a
+chunk forgets; `vig_ref/fused/launch.py` says how much that may be, and a program that finds more computes its tokens
+again by `vig_ref/fused/halving.py`. States are carried from middle to middle:
+
+    S       the state at a chunk's middle, before the chunk's own tokens
+    o       = (q exp(b)) (S + (k exp(-b))^T v restricted to the pairs that the scan has met)
+    S next  = exp(gates between the two middles) * (S + (k exp(-b))^T v)
+
+The gradients carry dS, of the same place after the chunk's own tokens, the other way. The exponent of a pair never
+cancels in dq, dk and dv; in dg it does, and there
+
+    dg_t = <S, dS> + sum of the reads behind t of S + sum of the writes before t into dS + pairs with t between them
+
+is summed so that only pairs inside a chunk cancel, which see the same rounded operands from both sides.
+"""
+
+import triton
+import triton.language as tl
+
+from vig_ref.fused.blocks import (
+    ROWS,
+    ahead,
+    dot,
+    entering,
+    exp2,
+    load,
+    load_gate,
+    operand,
+    scale_columns,
+    state,
+    store,
+    sums,
+)  # fmt: skip
+
+
+@triton.jit
+def _middle(C: tl.constexpr, REVERSE: tl.constexpr):
+    """M `[C, C]` with b = M g: 1 for the gates from the middle to token i, -1 where the scan meets i first."""
+    i = tl.arange(0, C)[:, None]
+    t = tl.arange(0, C)[None, :]
+    middle = C // 2
+    if REVERSE:
+        return tl.where((i <= t) & (t < middle), 1.0, tl.where((middle <= t) & (t < i), -1.0, 0.0))
+    else:
+        return tl.where((middle <= t) & (t <= i), 1.0, tl.where((i < t) & (t < middle), -1.0, 0.0))
+
+
+@triton.jit
+def _half(LEFT: tl.constexpr, C: tl.constexpr):
+    """`[ROWS, C]`: equal rows, 1 for the tokens of the left (or right) half."""
+    t = tl.arange(0, C)[None, :] + 0 * tl.arange(0, ROWS)[:, None]
+    return t < C // 2 if LEFT else t >= C // 2
+
+
+@triton.jit
+def _advance(S, before, lowest, g, LEFT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
+    """A state from the last middle to this chunk's. LEFT: the scan goes to the left.
+
+    before `[ROWS, BK]` is what the last chunk left to be forgotten, its far half; the new one is returned with S.
+    lowest `[ROWS]` collects the smallest exponent; the far half of the last chunk of all is left to the caller.
+    """
+    C: tl.constexpr = g.shape[0]
+    between = before + sums(_half(not LEFT, C), g, DOT)
+    lowest = tl.minimum(lowest, tl.min(between, 1))
+    return scale_columns(S, exp2(between, DOT), BV, BK), sums(_half(LEFT, C), g, DOT), lowest
+
+
+@triton.jit
+def _reads(C: tl.constexpr, REVERSE: tl.constexpr):
+    """`[C, C]`: 1 where token i reads token j. A token reads itself in each direction."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    return i <= j if REVERSE else i >= j
+
+
+@triton.jit
+def forward_anchored(
+    q, k, v, g_fwd, g_rev, o, p_S_rev, p_enter, i_enter, scale, start, end, T, K, V, SEGMENTS,
+    FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The chunks `start .. end` of one sequence. Returns the smallest exponent met."""
+    none = tl.zeros((ROWS, BK), ACC)
+    lowest = tl.zeros((ROWS,), ACC)
+    if REV:
+        before = none
+        S = entering(p_enter, i_enter + SEGMENTS, BV, BK, ACC)
+        for i in tl.range(end - start, num_stages=STAGES):
+            n = end - 1 - i
+            b_k = load(k, n * C, T, K, C, BK)
+            b_v = load(v, n * C, T, V, C, BV)
+            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
+            S, before, lowest = _advance(S, before, lowest, b_g, True, BV, BK, DOT)
+            p_middle = state(p_S_rev, n - start, BV, BK)
+            tl.store(p_middle, S.to(p_middle.dtype.element_ty))
+            b_kE = b_k.to(ACC) * exp2(-sums(_middle(C, True), b_g, DOT), DOT)
+            S = dot(tl.trans(b_v), b_kE, S, DOT)
+        lowest = tl.minimum(lowest, tl.min(before, 1))
+        tl.debug_barrier()  # what some threads of the program wrote, others read below
+    before = none
+    S = entering(p_enter, i_enter, BV, BK, ACC)
+    for n in tl.range(start, end, num_stages=STAGES):
+        b_q = load(q, n * C, T, K, C, BK)
+        b_k = load(k, n * C, T, K, C, BK)
+        b_v = load(v, n * C, T, V, C, BV)
+        b_vT = load(v, n * C, T, V, C, BV, TRANSPOSED=True)  # one load in two layouts could not be fetched ahead
+        b_o = tl.zeros((C, BV), ACC)
+        A = tl.zeros((C, C), ACC)
+        if REV:
+            b_S = tl.load(state(p_S_rev, n - start, BV, BK))
+            b = sums(_middle(C, True), load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT), DOT)
+            b_qE = b_q.to(ACC) * exp2(b, DOT)
+            A += tl.where(_reads(C, True), dot(b_qE, tl.trans(b_k.to(ACC) * exp2(-b, DOT)), tl.zeros_like(A), DOT), 0.0)
+            b_o = dot(b_qE, tl.trans(b_S), b_o, DOT)
+        if FWD:
+            b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
+            S, before, lowest = _advance(S, before, lowest, b_g, False, BV, BK, DOT)
+            b = sums(_middle(C, False), b_g, DOT)
+            b_qE = b_q.to(ACC) * exp2(b, DOT)
+            b_kE = b_k.to(ACC) * exp2(-b, DOT)
+            A += tl.where(_reads(C, False), dot(b_qE, tl.trans(b_kE), tl.zeros_like(A), DOT), 0.0)
+            b_o = dot(b_qE, tl.trans(S), b_o, DOT)
+            S = dot(b_vT, b_kE, S, DOT)
+        b_o = dot(A, b_v, b_o, DOT)
+        store(o, b_o * scale, n * C, T, V, C, BV)
+    return tl.min(tl.minimum(lowest, tl.min(before, 1)), 0)
+
+
+@triton.jit
+def _gradients(
+    q, k, v, do, dv, dA, g, S, dS, scale,
+    REVERSE: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """One direction of one chunk, backward. S: the state at its middle; dS: its gradient after the chunk's tokens.
+
+    Returns dq, dk, dg, dv with what dS adds to it, the scores A, and q exp(b), which the next dS wants.
+    """
+    zero_k = tl.zeros_like(g)
+    zero_c = tl.zeros((C, C), ACC)
+    b = sums(_middle(C, REVERSE), g, DOT)
+    E = exp2(b, DOT)
+    E_inverse = exp2(-b, DOT)
+    qE = operand(q.to(ACC) * (E * scale), ACC, DOT)
+    kE = operand(k.to(ACC) * E_inverse, ACC, DOT)
+    A = tl.where(_reads(C, REVERSE), dot(qE, tl.trans(kE), zero_c, DOT), 0.0)
+    dA = operand(tl.where(_reads(C, REVERSE), dA, 0.0), ACC, DOT)
+    dv = dot(kE, tl.trans(dS), dv, DOT)
+    dqE = dot(dA, kE, zero_k, DOT)
+    dkE = dot(tl.trans(dA), qE, zero_k, DOT)
+    pairs = qE.to(ACC) * dqE - kE.to(ACC) * dkE
+    reads = dot(do, S, zero_k, DOT)
+    writes = dot(v, dS, zero_k, DOT)
+    dq = (dqE + reads) * (E * scale)
+    dk = (dkE + writes) * E_inverse
+    # The gate of t stands between the tokens behind it, itself included, and those before it, in the order of the scan.
+    dg = sums(ahead(REVERSE, True, C), pairs + qE.to(ACC) * reads, DOT)
+    dg += sums(ahead(not REVERSE, False, C), kE.to(ACC) * writes, DOT)
+    dg += tl.sum(S.to(ACC) * dS.to(ACC), 0)[None, :]
+    return dq, dk, dg, dv, A, qE
+
+
+@triton.jit
+def backward_anchored(
+    q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_enter, i_enter, scale, start, end,
+    T, K, V, SEGMENTS,
+    FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """All gradients of the chunks `start .. end` of one sequence. Returns the smallest exponent met."""
+    none = tl.zeros((ROWS, BK), ACC)
+    lowest = tl.zeros((ROWS,), ACC)
+    S_rev = entering(p_enter, i_enter + SEGMENTS, BV, BK, ACC)
+    dS_fwd = entering(p_enter, i_enter + 2 * SEGMENTS, BV, BK, ACC)
+    S_before = none
+    dS_before = none
+    for i in tl.range(end - start, num_stages=STAGES):
+        n = end - 1 - i
+        if REV:
+            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
+            S_rev, S_before, lowest = _advance(S_rev, S_before, lowest, b_g, True, BV, BK, DOT)
+            p_middle = state(p_S_rev, n - start, BV, BK)
+            tl.store(p_middle, S_rev.to(p_middle.dtype.element_ty))
+            b_kE = load(k, n * C, T, K, C, BK).to(ACC) * exp2(-sums(_middle(C, True), b_g, DOT), DOT)
+            S_rev = dot(tl.trans(load(v, n * C, T, V, C, BV)), b_kE, S_rev, DOT)
+        if FWD:
+            b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
+            dS_fwd, dS_before, lowest = _advance(dS_fwd, dS_before, lowest, b_g, True, BV, BK, DOT)
+            p_middle = state(p_dS_fwd, n - start, BV, BK)
+            tl.store(p_middle, dS_fwd.to(p_middle.dtype.element_ty))
+            b_qE = load(q, n * C, T, K, C, BK).to(ACC) * (exp2(sums(_middle(C, False), b_g, DOT), DOT) * scale)
+            dS_fwd = dot(tl.trans(load(do, n * C, T, V, C, BV)), b_qE, dS_fwd, DOT)
+    lowest = tl.minimum(lowest, tl.min(tl.minimum(S_before, dS_before), 1))
+    tl.debug_barrier()  # what some threads of the program wrote, others read below
+    S_fwd = entering(p_enter, i_enter, BV, BK, ACC)
+    dS_rev = entering(p_enter, i_enter + 3 * SEGMENTS, BV, BK, ACC)
+    S_before = none
+    dS_before = none
+    i = tl.arange(0, C)[:, None]
+    for n in tl.range(start, end, num_stages=STAGES):
+        b_q = load(q, n * C, T, K, C, BK)
+        b_k = load(k, n * C, T, K, C, BK)
+        b_v = load(v, n * C, T, V, C, BV)
+        b_do = load(do, n * C, T, V, C, BV)
+        dA = dot(b_do, tl.trans(b_v), tl.zeros((C, C), ACC), DOT)
+        b_dq = tl.zeros((C, BK), ACC)
+        b_dk = tl.zeros((C, BK), ACC)
+        b_dv = tl.zeros((C, BV), ACC)
+        A = tl.zeros((C, C), ACC)
+        if REV:
+            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
+            b_S = tl.load(state(p_S_rev, n - start, BV, BK))
+            dS_rev, dS_before, lowest = _advance(dS_rev, dS_before, lowest, b_g, False, BV, BK, DOT)
+            b_dS = dS_rev.to(b_S.dtype)
+            part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
+                b_q, b_k, b_v, b_do, b_dv, dA, b_g, b_S, b_dS, scale, True, C, ACC, DOT
+            )
+            dS_rev = dot(tl.trans(b_do), b_qE, dS_rev, DOT)
+            b_dq += part_dq
+            b_dk += part_dk
+            A += part_A
+            store(dg_rev, tl.where(n * C + i == T - 1, 0.0, b_dg), n * C, T, K, C, BK)  # it has nothing to forget
+        if FWD:
+            b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
+            b_dS = tl.load(state(p_dS_fwd, n - start, BV, BK))
+            S_fwd, S_before, lowest = _advance(S_fwd, S_before, lowest, b_g, False, BV, BK, DOT)
+            part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
+                b_q, b_k, b_v, b_do, b_dv, dA, b_g, S_fwd.to(b_dS.dtype), b_dS, scale, False, C, ACC, DOT
+            )
+            S_fwd = dot(tl.trans(b_v), b_k.to(ACC) * exp2(-sums(_middle(C, False), b_g, DOT), DOT), S_fwd, DOT)
+            b_dq += part_dq
+            b_dk += part_dk
+            A += part_A
+            store(dg_fwd, tl.where(n * C + i == 0, 0.0, b_dg), n * C, T, K, C, BK)
+        store(dq, b_dq, n * C, T, K, C, BK)
+        store(dk, b_dk, n * C, T, K, C, BK)
+        b_dv = dot(tl.trans(A), b_do, b_dv, DOT)
+        store(dv, b_dv, n * C, T, V, C, BV)
+    return tl.min(tl.minimum(lowest, tl.min(tl.minimum(S_before, dS_before), 1)), 0)

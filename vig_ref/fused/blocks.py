@@ -1,0 +1,158 @@
+"""Reading, writing and multiplying blocks of tokens: what all kernels are made of.
+
+A tensor arrives as a tuple (pointer, stride_b, stride_h, stride_t, stride_d) and becomes a sequence, (pointer,
+stride_t, stride_d), once the batch and the head are known. A state is held transposed, `[BV, BK]`: the decay then
+scales columns, and the tensor cores' result is laid out as their next operand needs it. Prefixes: `p_` pointer, `i_`
+index.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+LOG2E = tl.constexpr(1.4426950408889634)
+#: Rows of the smallest matrix product; also the copies that `scale_columns` wants of its factors.
+ROWS = tl.constexpr(16)
+
+
+# --- reading and writing ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sequence(x, i_b, i_h, i_d):
+    """One sequence of a tensor, from feature i_d on. int64: offsets may exceed 2^31."""
+    pointer, stride_b, stride_h, stride_t, stride_d = x
+    return pointer + i_b * stride_b + i_h * stride_h + i_d * stride_d, stride_t, stride_d
+
+
+@triton.jit
+def tile(x, i_t, T, D, C: tl.constexpr, BD: tl.constexpr):
+    """Addresses `[C, BD]` of the tokens from i_t on, and the mask of those that exist."""
+    pointer, stride_t, stride_d = x
+    rows = tl.arange(0, C)
+    cols = tl.arange(0, BD)
+    offsets = rows.to(tl.int64)[:, None] * stride_t + cols.to(tl.int64)[None, :] * stride_d
+    return pointer + tl.full((), i_t, tl.int64) * stride_t + offsets, (rows < T - i_t)[:, None] & (cols < D)[None, :]
+
+
+@triton.jit
+def load(x, i_t, T, D, C: tl.constexpr, BD: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """Tokens i_t .. i_t + C in the dtype they have, zeros behind the end: `[C, BD]`, or `[BD, C]`."""
+    pointers, mask = tile(x, i_t, T, D, C, BD)
+    if TRANSPOSED:
+        return tl.load(tl.trans(pointers), mask=tl.trans(mask), other=0.0)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_gate(g, i_t, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, LIMIT: tl.constexpr):
+    """Log gates in base 2; 0 (keep all) behind the end. Clamped, since 0 * inf is NaN in a matrix product."""
+    b_g = load(g, i_t, T, K, C, BK).to(ACC) * LOG2E
+    return tl.maximum(b_g, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def store(x, value, i_t, T, D, C: tl.constexpr, BD: tl.constexpr):
+    pointers, mask = tile(x, i_t, T, D, C, BD)
+    tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def state(p_states, i, BV: tl.constexpr, BK: tl.constexpr):
+    """Addresses of the i-th `[BV, BK]` state in scratch memory."""
+    return p_states + i * BV * BK + tl.arange(0, BV)[:, None] * BK + tl.arange(0, BK)[None, :]
+
+
+@triton.jit
+def entering(p_enter, i, BV: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
+    """The i-th state that enters a segment; zeros where there is only one segment."""
+    if p_enter is None:
+        return tl.zeros((BV, BK), ACC)
+    else:
+        return tl.load(state(p_enter, i, BV, BK))
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def dot(a, b, acc, DOT: tl.constexpr):
+    """acc + a b, with operands rounded as DOT says ("ieee", "tf32" or "bf16"), accumulated in the dtype of acc."""
+    a, b = operand(a, acc.dtype, DOT), operand(b, acc.dtype, DOT)
+    PRECISION: tl.constexpr = "tf32" if DOT == "tf32" else "ieee"
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def operand(x, ACC: tl.constexpr, DOT: tl.constexpr):
+    """x as `dot` sees it.
+
+    The tensor cores cut a float32 off after 10 bits; adding half of the last one first rounds it to nearest.
+    """
+    if DOT == "bf16":
+        return x.to(tl.bfloat16)
+    elif DOT == "tf32":
+        x = x.to(tl.float32)
+        rounded = (x.to(tl.int32, bitcast=True) + 0x1000 & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, x)  # a NaN of all ones would wrap around to -0
+    else:
+        return x.to(ACC)
+
+
+@triton.jit
+def sums(M, x, DOT: tl.constexpr):
+    """M x for a matrix M of 0, 1 and -1, at high precision: the exponential multiplies an error in a sum of gates.
+
+    For bfloat16 inputs x is cut into two bfloat16 halves, exact to 16 bits, and the tensor cores add each.
+    """
+    acc = tl.zeros((M.shape[0], x.shape[1]), x.dtype)
+    if DOT == "bf16":
+        high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        M = M.to(tl.bfloat16)
+        return tl.dot(M, high.to(tl.bfloat16), tl.dot(M, (x - high).to(tl.bfloat16), acc))
+    else:
+        return tl.dot(M.to(x.dtype), x, acc, input_precision="ieee", out_dtype=x.dtype)
+
+
+@triton.jit
+def exp2(x, DOT: tl.constexpr):
+    """2^x. With bfloat16 CUDA's own, which flushes what is below the normal numbers: one instruction, not three."""
+    if DOT == "bf16":
+        return libdevice.exp2(x)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def scale_columns(S, factor, BV: tl.constexpr, BK: tl.constexpr):
+    """S * factor, factor `[ROWS, BK]` being ROWS equal rows: as results of the tensor cores the two lie alike."""
+    return tl.reshape(tl.reshape(S, (BV // ROWS, ROWS, BK)) * factor[None, :, :], (BV, BK))
+
+
+@triton.jit
+def ahead(LEFT: tl.constexpr, OWN: tl.constexpr, C: tl.constexpr):
+    """`[C, C]`: 1 where token t lies between token i and the chunk's left (or right) edge; with i itself if OWN."""
+    i = tl.arange(0, C)[:, None]
+    t = tl.arange(0, C)[None, :]
+    if LEFT:
+        return t <= i if OWN else t < i
+    else:
+        return t >= i if OWN else t > i
+
+
+@triton.jit
+def total(g, DOT: tl.constexpr):
+    """The log decay across a chunk, `[ROWS, BK]`: equal rows, as `scale_columns` wants them."""
+    return sums(tl.full((ROWS, g.shape[0]), 1.0, g.dtype), g, DOT)
+
+
+@triton.jit
+def carry(S, g, x, y, LEFT: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr):
+    """A state across a whole chunk, to its left or right edge: exp(total) * S + y^T (x * decay to that edge).
+
+    For a state x is k, whose own gate does not count; for the gradient of a state x is q, whose own gate does.
+    """
+    xE = x.to(S.dtype) * exp2(sums(ahead(LEFT, OWN, g.shape[0]), g, DOT), DOT)
+    decayed = scale_columns(S, exp2(total(g, DOT), DOT), S.shape[0], S.shape[1])
+    return dot(tl.trans(y), xE, decayed, DOT)

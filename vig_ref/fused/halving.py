@@ -1,0 +1,204 @@
+"""The path for every gate: the arithmetic of `vig_ref/chunked`, chunk by chunk.
+
+Every decay is the exponential of a *sum of gates on one side of a boundary*, never of a difference of sums, so that no
+gate in [-inf, 0] can overflow or cancel. Such a set of sums, one row per token, is a product of a 0/1 matrix with the
+gates:
+
+    E = exp(M g)          M[i, t] = 1 if the gate of token t lies between token i and the boundary
+
+and so its gradient is plain chain rule:  dg += M^T (E * dE).  Everything below is this line with three kinds of
+boundary: the edge where the scan enters the chunk, the edge where it leaves, and the middles found by halving.
+"""
+
+import triton
+import triton.language as tl
+
+from vig_ref.fused.blocks import ahead, carry, dot, entering, exp2, load, load_gate, state, store, sums
+
+
+@triton.jit
+def _halves(half, C: tl.constexpr, REVERSE: tl.constexpr):
+    """Cut tokens into blocks of 2 * half; the half that the scan meets later reads the earlier one across the middle.
+
+    Returns M `[C, C]` (the gates between token i and its block's middle), late `[C, 1]`, same `[C, C]` (same block).
+    """
+    i = tl.arange(0, C)[:, None]
+    t = tl.arange(0, C)[None, :]
+    block = i // (2 * half)
+    middle = block * (2 * half) + half
+    right = i >= middle
+    if REVERSE:
+        M = (right & (middle <= t) & (t < i)) | (~right & (i <= t) & (t < middle))
+        late = ~right
+    else:
+        M = (right & (middle <= t) & (t <= i)) | (~right & (i < t) & (t < middle))
+        late = right
+    return M, late, block == t // (2 * half)
+
+
+@triton.jit
+def _scores(
+    q, k, g, REVERSE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr
+):  # fmt: skip
+    """A[i, j] = q_i . (k_j * decay from j to i) for the pairs j met before i, 0 for all others.  `[C, C]`"""
+    A = tl.zeros((C, C), ACC)
+    zero = tl.zeros((C, C), ACC)
+    half = 1
+    for _ in range(LEVELS):
+        M, late, same = _halves(half, C, REVERSE)
+        E = exp2(sums(M, g, DOT), DOT)
+        A += tl.where(same, dot(tl.where(late, q * E, 0.0), tl.trans(tl.where(late, 0.0, k * E)), zero, DOT), 0.0)
+        half *= 2
+    return A
+
+
+@triton.jit
+def _gradients(
+    q, k, v, g, do, dA, S, dS,
+    REVERSE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """One direction of one chunk, backward. S: the state that enters; dS: the gradient of the state that leaves.
+
+    Returns dq, dk, dg, the scores A, and dv of the state. The pair of a token with itself is the caller's: it belongs
+    to both directions and to no gate.
+    """
+    zero_k = tl.zeros_like(q)
+    zero_c = tl.zeros((C, C), ACC)
+    dq = zero_k
+    dk = zero_k
+    A = zero_c
+    dg = zero_k + (tl.exp2(tl.sum(g, 0)) * tl.sum(S * dS, 0))[None, :]  # S_out = exp(total) * S + ...
+    half = 1
+    for _ in range(LEVELS):  # A = (q E) (k E)^T across every middle
+        M, late, same = _halves(half, C, REVERSE)
+        E = exp2(sums(M, g, DOT), DOT)
+        qE = tl.where(late, q * E, 0.0)
+        kE = tl.where(late, 0.0, k * E)
+        A += tl.where(same, dot(qE, tl.trans(kE), zero_c, DOT), 0.0)
+        dA_level = tl.where(same, dA, 0.0)
+        dqE = tl.where(late, dot(dA_level, kE, zero_k, DOT), 0.0)
+        dkE = tl.where(late, 0.0, dot(tl.trans(dA_level), qE, zero_k, DOT))
+        dq += dqE * E
+        dk += dkE * E
+        dg += sums(tl.trans(M), qE * dqE + kE * dkE, DOT)
+        half *= 2
+    M = ahead(not REVERSE, True, C)  # o = (q exp(b)) S
+    E = exp2(sums(M, g, DOT), DOT)
+    dqE = dot(do, S, zero_k, DOT)
+    dq += dqE * E
+    dg += sums(tl.trans(M), q * E * dqE, DOT)
+    M = ahead(REVERSE, False, C)  # S_out = ... + (k exp(total - b))^T v: the gates not yet met at token j
+    E = exp2(sums(M, g, DOT), DOT)
+    kE = k * E
+    dkE = dot(v, dS, zero_k, DOT)
+    dk += dkE * E
+    dg += sums(tl.trans(M), kE * dkE, DOT)
+    return dq, dk, dg, A, dot(kE, tl.trans(dS), tl.zeros_like(v), DOT)
+
+
+@triton.jit
+def forward_halving(
+    q, k, v, g_fwd, g_rev, o, p_S_rev, p_enter, i_enter, scale, start, end, T, K, V, SEGMENTS,
+    FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """The chunks `start .. end` of one sequence. p_S_rev: memory for the reverse state at every chunk's edge."""
+    if REV:
+        S_rev = entering(p_enter, i_enter + SEGMENTS, BV, BK, ACC)
+        for i in range(end - start):
+            n = end - 1 - i
+            p_edge = state(p_S_rev, n - start, BV, BK)
+            tl.store(p_edge, S_rev.to(p_edge.dtype.element_ty))
+            b_k = load(k, n * C, T, K, C, BK)
+            b_v = load(v, n * C, T, V, C, BV)
+            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
+            S_rev = carry(S_rev, b_g, b_k, b_v, True, False, DOT)
+        tl.debug_barrier()  # what some threads of the program wrote, others read below
+    S_fwd = entering(p_enter, i_enter, BV, BK, ACC)
+    for n in range(start, end):
+        b_q = load(q, n * C, T, K, C, BK).to(ACC)
+        b_k = load(k, n * C, T, K, C, BK).to(ACC)
+        b_v = load(v, n * C, T, V, C, BV).to(ACC)
+        b_o = (FWD + REV) * tl.sum(b_q * b_k, 1)[:, None] * b_v  # token i reads itself, once in each direction
+        A = tl.zeros((C, C), ACC)
+        if REV:
+            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
+            b_qE = b_q * exp2(sums(ahead(False, True, C), b_g, DOT), DOT)
+            b_o = dot(b_qE, tl.trans(tl.load(state(p_S_rev, n - start, BV, BK))), b_o, DOT)
+            A += _scores(b_q, b_k, b_g, True, C, LEVELS, ACC, DOT)
+        if FWD:
+            b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
+            b_qE = b_q * exp2(sums(ahead(True, True, C), b_g, DOT), DOT)
+            b_o = dot(b_qE, tl.trans(S_fwd), b_o, DOT)
+            A += _scores(b_q, b_k, b_g, False, C, LEVELS, ACC, DOT)
+            S_fwd = carry(S_fwd, b_g, b_k, b_v, False, False, DOT)
+        b_o = dot(A, b_v, b_o, DOT)
+        store(o, b_o * scale, n * C, T, V, C, BV)
+
+
+@triton.jit
+def backward_halving(
+    q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_enter, i_enter, scale, start, end,
+    T, K, V, SEGMENTS,
+    FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """All gradients of the chunks `start .. end` of one sequence; the states are computed again rather than kept."""
+    S_rev = entering(p_enter, i_enter + SEGMENTS, BV, BK, ACC)
+    dS_fwd = entering(p_enter, i_enter + 2 * SEGMENTS, BV, BK, ACC)
+    for i in range(end - start):
+        n = end - 1 - i
+        if REV:
+            p_edge = state(p_S_rev, n - start, BV, BK)
+            tl.store(p_edge, S_rev.to(p_edge.dtype.element_ty))
+            b_k = load(k, n * C, T, K, C, BK)
+            b_v = load(v, n * C, T, V, C, BV)
+            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
+            S_rev = carry(S_rev, b_g, b_k, b_v, True, False, DOT)
+        if FWD:
+            p_edge = state(p_dS_fwd, n - start, BV, BK)
+            tl.store(p_edge, dS_fwd.to(p_edge.dtype.element_ty))
+            b_q = load(q, n * C, T, K, C, BK).to(ACC) * scale
+            b_do = load(do, n * C, T, V, C, BV)
+            b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
+            dS_fwd = carry(dS_fwd, b_g, b_q, b_do, True, True, DOT)
+    tl.debug_barrier()  # what some threads of the program wrote, others read below
+    S_fwd = entering(p_enter, i_enter, BV, BK, ACC)
+    dS_rev = entering(p_enter, i_enter + 3 * SEGMENTS, BV, BK, ACC)
+    for n in range(start, end):
+        b_q = load(q, n * C, T, K, C, BK).to(ACC) * scale
+        b_k = load(k, n * C, T, K, C, BK).to(ACC)
+        b_v = load(v, n * C, T, V, C, BV).to(ACC)
+        b_do = load(do, n * C, T, V, C, BV).to(ACC)
+        self_dA = (FWD + REV) * tl.sum(b_do * b_v, 1)[:, None]  # token i reads itself, once in each direction
+        b_dq = self_dA * b_k
+        b_dk = self_dA * b_q
+        b_dv = (FWD + REV) * tl.sum(b_q * b_k, 1)[:, None] * b_do
+        A = tl.zeros((C, C), ACC)
+        dA = dot(b_do, tl.trans(b_v), A, DOT)
+        if REV:
+            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
+            b_S = tl.load(state(p_S_rev, n - start, BV, BK)).to(ACC)
+            part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, b_S, dS_rev, True, C, LEVELS, ACC, DOT)
+            part_dq, part_dk, b_dg, part_A, part_dv = part
+            b_dq += part_dq
+            b_dk += part_dk
+            b_dv += part_dv
+            A += part_A
+            store(dg_rev, b_dg, n * C, T, K, C, BK)
+            dS_rev = carry(dS_rev, b_g, b_q, b_do, False, True, DOT)
+        if FWD:
+            b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
+            b_dS = tl.load(state(p_dS_fwd, n - start, BV, BK)).to(ACC)
+            part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, S_fwd, b_dS, False, C, LEVELS, ACC, DOT)
+            part_dq, part_dk, b_dg, part_A, part_dv = part
+            b_dq += part_dq
+            b_dk += part_dk
+            b_dv += part_dv
+            A += part_A
+            store(dg_fwd, b_dg, n * C, T, K, C, BK)
+            S_fwd = carry(S_fwd, b_g, b_k, b_v, False, False, DOT)
+        b_dv = dot(tl.trans(A), b_do, b_dv, DOT)
+        store(dq, b_dq * scale, n * C, T, K, C, BK)
+        store(dk, b_dk, n * C, T, K, C, BK)
+        store(dv, b_dv, n * C, T, V, C, BV)
