@@ -52,11 +52,10 @@ class Shape(NamedTuple):
         return self.B * self.H * self.T
 
 
-#: T224 is ViG-T at 224x224, B224 ViG-B; b1 is a batch of one; H-T s1 is the first stage of ViG-H-T.
+#: T224 is ViG-T at 224x224; b1 is a batch of one; H-T s1 is the first stage of ViG-H-T.
 GPU_SHAPES = [
     Shape("T224", 256, 3, 196), Shape("T512", 64, 3, 1024), Shape("T1024", 16, 3, 4096), Shape("T2048", 4, 3, 16384),
-    Shape("T2048b1", 1, 3, 16384), Shape("H-T s1", 64, 3, 3136, 16, 32), Shape("T224b1", 1, 3, 196),
-    Shape("B224", 64, 12, 196),
+    Shape("T2048b1", 1, 3, 16384), Shape("H-T s1", 64, 3, 3136, 16, 32),
 ]  # fmt: skip
 CPU_SHAPES = [Shape("T64b1", 1, 3, 16), Shape("T224b1", 1, 3, 196), Shape("T512b1", 1, 3, 1024)]
 NAMED = {shape.name: shape for shape in GPU_SHAPES + CPU_SHAPES}
