@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread, imsave
+from torch import nn
 
 import test_hierarchical
 import test_model
 from vig_ref import cli, gla, see
-from vig_ref.model import create_model
+from vig_ref.model import HierarchicalViG, create_model
 from vig_ref.released import released_names
 from vig_ref.roadmap import create_row
 from vig_ref.tolerance import draw
@@ -49,7 +50,8 @@ def test_a_field_is_a_gradient():
     model, x = test_model.tiny(num_classes=0).eval(), test_model.images(1, 3, 16, 16)
 
     def middle(image):
-        return model.forward_features(image)[0, 4 * 8 + 4].sum()
+        token = model.forward_features(image)[0, 4 * 8 + 4]
+        return token @ see.signs(len(token)).double()
 
     field = see.effective_receptive_field(model, x)
     assert field.max() == 1
@@ -63,6 +65,36 @@ def test_a_field_is_a_gradient():
         return total
 
     assert (field[3, 5] / field[9, 8]).item() == pytest.approx(response(3, 5) / response(9, 8), rel=1e-5)
+
+
+def ends_in_layer_norm():
+    return HierarchicalViG(test_hierarchical.TINY)
+
+
+def stem_ends_in_layer_norm():
+    """Of a plain ViG nothing but the path past its blocks, all of which are silent."""
+    model = create_row("gate_2d", config=test_model.TINY, img_size=64)
+    for parameter in (model.pos_embed, *model.blocks.parameters()):
+        nn.init.zeros_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("make", [ends_in_layer_norm, stem_ends_in_layer_norm])
+def test_a_field_is_not_rounding(make):
+    """Channels behind a LayerNorm sum to a constant: a field of their sum would be noise or, at these widths, 0 / 0."""
+    torch.manual_seed(0)
+    model, x = make(), test_model.images(1, 3, 64, 64)
+    single = see.effective_receptive_field(model.float(), x.float()).double()
+    double = see.effective_receptive_field(model.double(), x)
+    assert double.mean() > 1e-4
+    torch.testing.assert_close(single, double, rtol=0, atol=1e-4)
+
+
+def test_signs_are_both_and_the_same_at_each_call():
+    signs = see.signs(192)
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    assert abs(signs.mean()) < 0.2
+    torch.testing.assert_close(see.signs(192), signs, rtol=0, atol=0)
 
 
 def test_who_sees_how_far():

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from cases import CHUNK, FUSED_DEVICE, every_second
+from cases import CHUNK, FUSED_DEVICE, LAYERS, device_of, every_second
 from test_exact import HALF, dyadic, equal_bits
 from test_layers import check
 from vig_ref import bidirectional_gla, fused, gla, naive
 from vig_ref.fused import kernels, launch
-from vig_ref.tolerance import NAMES, Inputs, draw, evaluate
+from vig_ref.tolerance import NAMES, Inputs, draw, evaluate, reference
 
 C = fused.CHUNK
 INF = float("inf")
@@ -235,6 +235,16 @@ def test_both_sides_of_the_bound(recomputed, which, where):
         recomputed.clear()
 
 
+@interpreted
+def test_the_gradient_of_a_gate_just_above_the_bound_keeps_its_digits():
+    """Measured by itself: `bounds` measures by what is subtracted, and would let this much smaller number go."""
+    x = worst_case(launch.BOUND_BACKWARD["ieee"] * 0.99, "inside", 32)
+    got, exact = evaluate(fused.bidirectional_gla, x, scale=0.5), reference(x, scale=0.5)
+    for name in ("dg_fwd", "dg_rev"):
+        gate = exact[name][:, :, 16]
+        assert (got[name][:, :, 16] - gate).norm() <= 1e-5 * gate.norm(), name
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("T", "strong"), [(1, -INF), (13, -100.0), (32, -INF)])
 def test_one_strong_gate_where_a_scan_ends(T, strong, reverse):
@@ -258,10 +268,16 @@ def test_nan_in_a_gate_stays_nan(segments_of, regime):
         assert got[name].cpu()[expected[name].isnan()].isnan().all(), name
 
 
-# --- registration ----------------------------------------------------------------------------------------------------
+# --- dtypes and strides -----------------------------------------------------------------------------------------------
 
 
 def test_gradients_are_laid_out_as_the_compiler_is_told():
-    """The backward pass is an operator of its own to torch.compile: its fake results have the true strides."""
-    x = on_device(1, 2, 3, 3, 4)
+    """The backward pass is an operator of its own to torch.compile: its fake results have true strides and dtypes."""
+    x = on_device(1, 2, 3, 3, 4, dtype=torch.float16, gate_dtype=torch.float32)
     torch.library.opcheck(launch._backward, (*x, 0.5, "ieee"), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_one_direction_gives_back_the_dtype_that_came(layer):
+    x = draw(1, 1, 3, 3, 4, dtype=torch.float16, gate_dtype=torch.float32, device=device_of(layer))
+    assert gla(*x[:4], backend=layer).dtype == torch.float16

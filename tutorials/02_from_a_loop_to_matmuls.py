@@ -136,9 +136,9 @@ for t in (0, 5, 10, 11, 12, 15):
     print(f"token {t:2}: exp(-b) = {(-b[t]).exp():8.1e}, exp(b) exp(-b) = {b[t].exp() * (-b[t]).exp():.5f}, on paper 1")
 
 # %% [markdown]
-# After eleven tokens $e^{-b}$ is infinite; a little later $e^{b}$ is 0, and $0 \cdot \infty$ is NaN, which reaches
-# every result that it is added to. A smaller chunk helps as long as C · |g| stays below 88: for one chunk of C tokens
-# in float32, against the loop in float64,
+# From token 11 on, the twelfth, $e^{-b}$ is infinite; from token 12 on $e^{b}$ is 0, and $0 \cdot \infty$ is NaN,
+# which reaches every result that it is added to. A smaller chunk helps as long as C · |g| stays below 88: for one
+# chunk of C tokens in float32, against the loop in float64,
 
 # %%
 decays, sizes = [0.04, 1.0, 2.0, 5.0, 8.0, 20.0, 100.0], [8, 16, 32, 64]
@@ -277,8 +277,8 @@ ch02.pairs(T=24, C=8)
 # %% [markdown]
 # *Which step computes which pair: blue inside a chunk, darker for smaller blocks; orange through the state.*
 #
-# Step through the same picture, with its states: **[a chunk and its state](../docs/animations/chunk.html)** (a page that
-# needs no network).
+# Step through the same picture, with its states: **[a chunk and its state](../docs/animations/chunk.html)** (a page
+# that needs no network).
 
 
 # %%
@@ -440,10 +440,10 @@ ch02.times(sizes, [predicted[C] for C in sizes], [measured[C] for C in sizes], (
 #
 # The model is crude: it knows nothing of arithmetic, of caches, or of what else this machine was doing, and your
 # numbers will differ. It comes near for the loop, which is almost nothing but overhead, and is too hopeful for the
-# chunks, where the arithmetic that it leaves out is a good part of the time. It is good for one thing, and that is what
-# a prediction is for: it says *why* chunks win. Not because they compute less. The loop multiplies 3KV times a token
-# (fade, write, read); chunks 2KV times to write and read the state, KV/C times to fade it, and (C − 1)/2 · (K + V)
-# times to meet the pairs inside:
+# chunks, where the arithmetic that it leaves out is a good part of the time. It is good for one thing, and that is
+# what a prediction is for: it says *why* chunks win. Not because they compute less, which with C = 64 they do not.
+# The loop multiplies 3KV times a token (fade, write, read); chunks 2KV times to write and read the state, KV/C times
+# to fade it, and (C − 1)/2 · (K + V) times to meet the pairs inside:
 
 # %%
 K, V = 32, 64
@@ -470,7 +470,7 @@ for backend in ("naive", "chunked", "fused"):
 # %% [markdown]
 # ## Common mistakes
 #
-# All of them are planted in [`tests/mutants.py`](../tests/mutants.py), where the test suite must find each.
+# All but the last are planted in [`tests/mutants.py`](../tests/mutants.py), where the test suite must find each.
 #
 # | mistake | what you see |
 # |---|---|

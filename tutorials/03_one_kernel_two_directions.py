@@ -421,8 +421,9 @@ show(anchored._advance)
 # ## 7. For every gate: look, and compute again
 #
 # A moved boundary without a check only moves the gate at which a kernel fails. But `_advance` has just summed the gates
-# of both halves of a chunk, and keeps the smallest sum over a chunk in `lowest`; no exponent inside a chunk is larger
-# than that. So the program *knows* when it has gone too far, and the kernel ends like this:
+# from one middle to the next, and keeps the smallest of these sums in `lowest` (for the far half of a sweep's last
+# chunk, which lies between no two middles, that is done after the loop). Every half of a chunk is part of one such sum,
+# so no exponent is larger in size. So the program *knows* when it has gone too far, and the kernel ends like this:
 
 # %%
 show(kernels.forward_kernel, "lowest = forward_anchored")
@@ -651,7 +652,7 @@ print(f"between its sweeps the whole grid would leave {between:.0f} MiB in the L
 # ## 11. What the GPU record says
 #
 # A laptop cannot test it. `vig-ref bench ops` measures on a GPU, after checking each result against the oracle, and
-# writes a record; ours belongs in `docs/results/h200-ops.json`.
+# writes a record; ours is `docs/results/h200-ops.json`.
 
 # %%
 path = Path("../docs/results/h200-ops.json")
@@ -669,11 +670,16 @@ else:
 ch03.record(record, low, high)
 
 # %% [markdown]
-# *Time of the forward pass on an H200, with the predicted range of T224; as long as there is no record, the prediction
-# alone. T224 is ViG-T at 224 × 224 with a batch of 256, B224 is ViG-B, `b1` a batch of one, H-T s1 the first stage of
+# *Time of the forward pass on an H200, with the predicted range of T224. T224 is ViG-T at 224 × 224 with a batch of
+# 256; the other T's have larger images and smaller batches, `b1` a batch of one. H-T s1 is the first stage of
 # ViG-H-T.*
 #
-# How to read it, then and on your own GPU:
+# Was the sentence right? At T224 the table has 0.089 ms, or 89 µs, and the prediction ended at 52. So bytes are not
+# what limits the kernel. What does, the GPU's own counters say, on the page
+# [performance](../docs/performance.md#what-limits-it-now): nearly all bytes of the upper count do go to memory, and
+# besides too few warps fit on a multiprocessor to hide the waiting.
+#
+# How to read it, here and on your own GPU:
 #
 # - **fused / floor** says how far memory is from being the limit; 1 is perfect.
 # - **sdpa** is softmax attention, whose time grows with T²: compare along the shapes, not at one of them.

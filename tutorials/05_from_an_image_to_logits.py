@@ -407,8 +407,9 @@ assert all(1e-8 < readings[name][0] < 1e-3 for name in ("no_scale", "halved_twic
 #
 # **Predict** before you count. A mixer has nine weights a channel in `dwconv`; $D \times 2D$ in `qkv_proj`;
 # $D \times 16$, $16 \times D$ and a bias in `forget_proj`; $D \times D$ and a bias in `gate_proj`; $D \times D$ in
-# `out_proj`; and two norms of $V$ weights. The MLP has three matrices of $D \times \text{hidden}$, where hidden is
-# $8D/3$, rounded up to a multiple of 256. Two norms of $D$ stand in front.
+# `out_proj`; and two norms of $V$ weights. The MLP is a **SwiGLU**, $(\mathrm{SiLU}(x W_1) \odot x W_2)\, W_3$: three
+# matrices of $D \times \text{hidden}$, where hidden is $8D/3$, rounded up to a multiple of 256. The code keeps $W_1$ and
+# $W_2$ side by side as one, its first matrix; $W_3$ is its second. Two norms of $D$ stand in front.
 
 # %%
 def hidden(D):

@@ -6,7 +6,8 @@ Attention maps (Figure 5 of the paper) come from the operator's definition. Unro
                                  A_rev[i, j] = scale/2 * q[i] . (k[j] * exp(g_rev[i] + ... + g_rev[j-1]))     for j >= i
 
 whose rows are the maps of token i. There is no softmax: weights may be negative, and a row sums to anything.
-The effective receptive field (Figure 6) is the gradient of the middle token of the last map with respect to the pixels.
+The effective receptive field (Figure 6) is the gradient of the middle token of the last map with respect to the pixels,
+its channels summed with random signs: plain sums do not see what passes a LayerNorm.
 
 Without `--weights` the models are untrained, initialised by `vig_ref.wake`: the pictures then show what
 the architecture can reach, and not what a trained model looks at. They say so.
@@ -154,8 +155,17 @@ def draw_attention(
 # --- effective receptive field ---------------------------------------------------------------------------------------
 
 
+def signs(n: int) -> Tensor:
+    """n random signs, +1 or -1, in float32: the same ones at each call."""
+    return torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(SEED)).float() * 2 - 1
+
+
 def effective_receptive_field(model: Any, images: Tensor) -> Tensor:
-    """|d middle token / d pixel|, summed over channels and images, with maximum 1: `[height, width]`.
+    """|d (signs . middle token) / d pixel|, summed over colours and images, with maximum 1: `[height, width]`.
+
+    The signs are random and fixed. A plain sum over channels would miss all that passes a LayerNorm (as initialised),
+    whose outputs sum to a constant: the whole field where a model ends in one, as ViG-H and DeiT do, and the path
+    past all blocks where its stem does, as in ViG. What is then left to divide by its maximum may be rounding errors.
 
     Args:
         model: anything with `forward_intermediates`: ours and timm's.
@@ -164,7 +174,7 @@ def effective_receptive_field(model: Any, images: Tensor) -> Tensor:
     images = images.clone().requires_grad_()
     (features,) = model.eval().forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
     height, width = features.shape[2:]
-    features[:, :, height // 2, width // 2].sum().backward()
+    (features[:, :, height // 2, width // 2] * signs(features.shape[1]).to(features)).sum().backward()
     assert images.grad is not None
     field = images.grad.abs().sum(dim=(0, 1))
     return field / field.max()

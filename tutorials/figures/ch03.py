@@ -142,7 +142,8 @@ def _times(record: dict, which: str) -> dict[str, dict[str, float]]:
 
 def describe(record: dict, floor_bytes: int) -> None:
     """Where, when and by which command a record was written; `floor_bytes` are those of T224, forward."""
-    print(record["device"], "|", ", ".join(map(" ".join, record["versions"].items())))
+    versions = [f"{package} {version}" for package, version in record["versions"].items() if version != "missing"]
+    print(record["device"], "|", ", ".join(versions))
     print(record["date"], "|", record["command"])
     floor = _times(record, "forward").get("T224", {}).get("floor")
     if floor:

@@ -1,4 +1,4 @@
-"""Layer 3, the same function as one Triton kernel for both directions, forward and backward."""
+"""Layer 3, the same function in Triton: one kernel for both directions forward, one backward, two more for long T."""
 
 try:
     import triton  # noqa: F401

@@ -26,8 +26,9 @@ MAX_K = max(BK for BK, _ in TILES)
 SEGMENT = 256
 MAX_SEGMENTS = 256
 #: The smallest exponent, in base 2, with which the fast path may go on: a sum of gates between the middles of
-#: neighbouring chunks. The forward pass needs exp(-b) to stay far below the largest float32. In the gates' gradients,
-#: terms of size 1 cancel to terms of size 2^BOUND, which must not be lost in the roundoff of sums.
+#: neighbouring chunks, or from the last middle to the end. The forward pass needs exp(-b) to stay far below the largest
+#: float32. In the gates' gradients, terms of size 1 cancel to terms of size 2^BOUND, which must not be lost in the
+#: roundoff of sums.
 BOUND = -80.0
 BOUND_BACKWARD = {"bf16": -8.0, "tf32": -8.0, "ieee": -2.0}
 #: Chunks in shared memory, all but one fetched ahead, for bfloat16 in the tiles of ViG. Others would not fit.
@@ -40,7 +41,7 @@ INTERPRETED = isinstance(kernels.forward_kernel, InterpretedFunction)
 def bidirectional_gla(
     q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor, g_rev: Tensor, *, scale: float, precision: str = "ieee"
 ) -> Tensor:
-    """Eq. 6 in one launch. See `vig_ref.bidirectional_gla`.
+    """Eq. 6 in one launch, or three if T > SEGMENT. See `vig_ref.bidirectional_gla`.
 
     Args:
         precision: the products of float32 inputs, "ieee" or "tf32". float16 inputs always use tf32 operands (scores of
@@ -55,7 +56,7 @@ def bidirectional_gla(
 def gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, reverse: bool, scale: float, precision: str = "ieee"
 ) -> Tensor:
-    """Eq. 5 in one launch. See `vig_ref.gla` and `bidirectional_gla` above."""
+    """Eq. 5 in one launch, or three if T > SEGMENT. See `vig_ref.gla` and `bidirectional_gla` above."""
     return _checked(q, k, v, None if reverse else g, g if reverse else None, scale, precision)
 
 
