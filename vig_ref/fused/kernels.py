@@ -96,6 +96,27 @@ def backward_kernel(
 
 
 @triton.jit
+def _add_up(
+    x, y, g, scale, start, end, T, K, V,
+    LEFT: tl.constexpr, OWN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What the chunks `start .. end` alone add to a state that goes to the left (or right), and the log decay there.
+
+    LEFT, OWN: see `carry`. scale: the factor of x, 1 for a state and the operator's for the gradient of one.
+    """
+    S = tl.zeros((BV, BK), ACC)
+    decay = tl.zeros((ROWS, BK), ACC)
+    for i in tl.range(end - start, num_stages=STAGES):
+        n = end - 1 - i if LEFT else start + i
+        b_g = load_gate(g, n * C, T, K, C, BK, ACC, LIMIT)
+        b_x, b_y = load(x, n * C, T, K, C, BK).to(ACC) * scale, load(y, n * C, T, V, C, BV)
+        S = carry(S, b_g, b_x, b_y, LEFT, OWN, DOT)
+        decay += total(b_g, DOT)
+    return S, decay
+
+
+@triton.jit
 def segment_kernel(
     q, k, v, g_fwd, g_rev, do, p_own, p_total, scale, H, T, K, V, SEGMENT,
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -120,35 +141,21 @@ def segment_kernel(
     if FWD:
         g_fwd = sequence(g_fwd, i_b, i_h, 0)
         if i_state == 0:
-            for n in tl.range(start, end, num_stages=STAGES):
-                b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
-                b_k, b_v = load(k, n * C, T, K, C, BK), load(v, n * C, T, V, C, BV)
-                S = carry(S, b_g, b_k, b_v, False, False, DOT)
-                decay += total(b_g, DOT)
+            S, decay = _add_up(k, v, g_fwd, 1.0, start, end, T, K, V, False, False, C, BK, BV, ACC, DOT, LIMIT, STAGES)
         if STATES == 4:
             if i_state == 2:
-                for i in tl.range(end - start, num_stages=STAGES):
-                    n = end - 1 - i
-                    b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
-                    b_q, b_do = load(q, n * C, T, K, C, BK).to(ACC) * scale, load(do, n * C, T, V, C, BV)
-                    S = carry(S, b_g, b_q, b_do, True, True, DOT)
-                    decay += total(b_g, DOT)
+                S, decay = _add_up(
+                    q, do, g_fwd, scale, start, end, T, K, V, True, True, C, BK, BV, ACC, DOT, LIMIT, STAGES
+                )
     if REV:
         g_rev = sequence(g_rev, i_b, i_h, 0)
         if i_state == 1:
-            for i in tl.range(end - start, num_stages=STAGES):
-                n = end - 1 - i
-                b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
-                b_k, b_v = load(k, n * C, T, K, C, BK), load(v, n * C, T, V, C, BV)
-                S = carry(S, b_g, b_k, b_v, True, False, DOT)
-                decay += total(b_g, DOT)
+            S, decay = _add_up(k, v, g_rev, 1.0, start, end, T, K, V, True, False, C, BK, BV, ACC, DOT, LIMIT, STAGES)
         if STATES == 4:
             if i_state == 3:
-                for n in tl.range(start, end, num_stages=STAGES):
-                    b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
-                    b_q, b_do = load(q, n * C, T, K, C, BK).to(ACC) * scale, load(do, n * C, T, V, C, BV)
-                    S = carry(S, b_g, b_q, b_do, False, True, DOT)
-                    decay += total(b_g, DOT)
+                S, decay = _add_up(
+                    q, do, g_rev, scale, start, end, T, K, V, False, True, C, BK, BV, ACC, DOT, LIMIT, STAGES
+                )
     tl.store(state(p_own, i_own, BV, BK), S)
     row = tl.arange(0, ROWS)[:, None]
     tl.store(p_total + i_own * BK + tl.arange(0, BK)[None, :] + 0 * row, decay, mask=row == 0)
