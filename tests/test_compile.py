@@ -36,19 +36,20 @@ class Launch(NamedTuple):
     segments: bool = False  # T beyond one segment: states enter, and two more kernels run
     strided: bool = False  # features apart from each other, and strides beyond 32 bits
     parts: bool = False  # V in several blocks: dq, dk and dg of each in float32
+    own: bool = False  # of the kernels for segments: the gradients of the states, not the states
 
 
 def launches(gates: str, dot: str) -> list[Launch]:
     """All that a launcher may ask for with bfloat16 products, and the main ones for others, which compile for long."""
     one = [Launch("forward_kernel"), Launch("backward_kernel")]
-    four = Launch("segment_kernel 4")
+    segment = Launch("segment_kernel", own=True)
     if gates != "fp32":
         return one
     ways = [dict(sm=80)]
     if dot == "bf16":
         ways += [dict(directions=FWD), dict(directions=REV), dict(segments=True), dict(strided=True)]
-        one += [Launch("backward_kernel", parts=True), Launch("segment_kernel 2"), Launch("combine_kernel")]
-    return [*one, four, *(launch._replace(**way) for launch in (one[0], one[1], four) for way in ways)]
+        one += [Launch("backward_kernel", parts=True), Launch("segment_kernel"), Launch("combine_kernel")]
+    return [*one, segment, *(launch._replace(**way) for launch in (one[0], one[1], segment) for way in ways)]
 
 
 @pytest.mark.parametrize(("dtype", "gates", "dot"), ARITHMETIC)
@@ -80,11 +81,13 @@ def compile_all(tile, dtype, gates, dot, wanted):
 
     compiled = []
     for kind in (Launch(*each) for each in wanted):
-        name, _, states = kind.kernel.partition(" ")
-        kernel = getattr(kernels, name)
-        options = launch.constants(tuple(tile), dot, *kind.directions, backward=name == "backward_kernel")
-        options |= {"STATES": int(states or 2), "N": 64}
-        compiler = {key: options.pop(key) for key in ("num_warps", "num_stages", "maxnreg")}
+        kernel = getattr(kernels, kind.kernel)
+        options = launch.constants(tuple(tile), dot, *kind.directions, backward=kind.kernel == "backward_kernel")
+        if kind.kernel == "segment_kernel":
+            options = launch.segment_constants(options, kind.own)
+        if kind.kernel == "combine_kernel":
+            options = launch.combine_constants(options, kind.own, 64)
+        compiler = {key: options.pop(key, None) for key in ("num_warps", "num_stages", "maxnreg")}
         signature, constants, attributes = specialise(kernel.arg_names, dtype, gates, kind, options)
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
         compiler = {key: value for key, value in compiler.items() if value is not None}
@@ -98,10 +101,8 @@ def specialise(names, dtype, gates, kind, options):
     signature, constants, attributes = {}, {name: options[name] for name in names if name in options}, {}
     ends = [end for end, there in zip(("fwd", "rev"), kind.directions, strict=True) if not there]
     absent = {f"{gate}_{end}" for end in ends for gate in ("g", "dg")}
-    if kind.kernel == "segment_kernel 2":
-        absent.add("do")
     if not kind.segments and kind.kernel in ("forward_kernel", "backward_kernel"):
-        absent.add("p_enter")
+        absent |= {"p_S_enter", "p_dS_enter"}
     for i, name in enumerate(names):
         if name in options:
             signature[name] = "constexpr"
@@ -110,7 +111,7 @@ def specialise(names, dtype, gates, kind, options):
         elif name in ("scale", "H", "T", "K", "V", "SEGMENT", "SEGMENTS"):
             signature[name] = "fp32" if name == "scale" else "i32"
         elif name.startswith("p_"):
-            rounded = options["DOT"] == "bf16" and name in ("p_S_rev", "p_dS_fwd")
+            rounded = options.get("DOT") == "bf16" and name in ("p_S_rev", "p_dS_fwd")
             signature[name], attributes[(i,)] = "*bf16" if rounded else "*fp32", [["tt.divisibility", 16]]
         else:
             pointer = gates if name.startswith(("g_", "dg_")) else dtype

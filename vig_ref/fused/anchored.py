@@ -81,7 +81,7 @@ def _reads(C: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def forward_anchored(
-    q, k, v, g_fwd, g_rev, o, p_S_rev, p_enter, i_enter, scale, start, end, T, K, V, SEGMENTS,
+    q, k, v, g_fwd, g_rev, o, p_S_rev, p_S_enter, i_enter, scale, start, end, T, K, V, SEGMENTS,
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +90,7 @@ def forward_anchored(
     lowest = tl.zeros((ROWS,), ACC)
     if REV:
         before = none
-        S = entering(p_enter, i_enter + SEGMENTS, BV, BK, ACC)
+        S = entering(p_S_enter, i_enter + SEGMENTS, BV, BK, ACC)
         for i in tl.range(end - start, num_stages=STAGES):
             n = end - 1 - i
             b_k = load(k, n * C, T, K, C, BK)
@@ -104,7 +104,7 @@ def forward_anchored(
         lowest = tl.minimum(lowest, tl.min(before, 1))
         tl.debug_barrier()  # what some threads of the program wrote, others read below
     before = none
-    S = entering(p_enter, i_enter, BV, BK, ACC)
+    S = entering(p_S_enter, i_enter, BV, BK, ACC)
     for n in tl.range(start, end, num_stages=STAGES):
         b_q = load(q, n * C, T, K, C, BK)
         b_k = load(k, n * C, T, K, C, BK)
@@ -167,16 +167,16 @@ def _gradients(
 
 @triton.jit
 def backward_anchored(
-    q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_enter, i_enter, scale, start, end,
-    T, K, V, SEGMENTS,
+    q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter, i_enter,
+    scale, start, end, T, K, V, SEGMENTS,
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gradients of the chunks `start .. end` of one sequence. Returns the smallest exponent met."""
     none = tl.zeros((ROWS, BK), ACC)
     lowest = tl.zeros((ROWS,), ACC)
-    S_rev = entering(p_enter, i_enter + SEGMENTS, BV, BK, ACC)
-    dS_fwd = entering(p_enter, i_enter + 2 * SEGMENTS, BV, BK, ACC)
+    S_rev = entering(p_S_enter, i_enter + SEGMENTS, BV, BK, ACC)
+    dS_fwd = entering(p_dS_enter, i_enter, BV, BK, ACC)
     S_before = none
     dS_before = none
     for i in tl.range(end - start, num_stages=STAGES):
@@ -197,8 +197,8 @@ def backward_anchored(
             dS_fwd = dot(tl.trans(load(do, n * C, T, V, C, BV)), b_qE, dS_fwd, DOT)
     lowest = tl.minimum(lowest, tl.min(tl.minimum(S_before, dS_before), 1))
     tl.debug_barrier()  # what some threads of the program wrote, others read below
-    S_fwd = entering(p_enter, i_enter, BV, BK, ACC)
-    dS_rev = entering(p_enter, i_enter + 3 * SEGMENTS, BV, BK, ACC)
+    S_fwd = entering(p_S_enter, i_enter, BV, BK, ACC)
+    dS_rev = entering(p_dS_enter, i_enter + SEGMENTS, BV, BK, ACC)
     S_before = none
     dS_before = none
     i = tl.arange(0, C)[:, None]

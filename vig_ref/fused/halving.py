@@ -98,13 +98,13 @@ def _gradients(
 
 @triton.jit
 def forward_halving(
-    q, k, v, g_fwd, g_rev, o, p_S_rev, p_enter, i_enter, scale, start, end, T, K, V, SEGMENTS,
+    q, k, v, g_fwd, g_rev, o, p_S_rev, p_S_enter, i_enter, scale, start, end, T, K, V, SEGMENTS,
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """The chunks `start .. end` of one sequence. p_S_rev: memory for the reverse state at every chunk's edge."""
     if REV:
-        S_rev = entering(p_enter, i_enter + SEGMENTS, BV, BK, ACC)
+        S_rev = entering(p_S_enter, i_enter + SEGMENTS, BV, BK, ACC)
         for i in range(end - start):
             n = end - 1 - i
             p_edge = state(p_S_rev, n - start, BV, BK)
@@ -114,7 +114,7 @@ def forward_halving(
             b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
             S_rev = carry(S_rev, b_g, b_k, b_v, True, False, DOT)
         tl.debug_barrier()  # what some threads of the program wrote, others read below
-    S_fwd = entering(p_enter, i_enter, BV, BK, ACC)
+    S_fwd = entering(p_S_enter, i_enter, BV, BK, ACC)
     for n in range(start, end):
         b_q = load(q, n * C, T, K, C, BK).to(ACC)
         b_k = load(k, n * C, T, K, C, BK).to(ACC)
@@ -138,14 +138,14 @@ def forward_halving(
 
 @triton.jit
 def backward_halving(
-    q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_enter, i_enter, scale, start, end,
-    T, K, V, SEGMENTS,
+    q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter, i_enter,
+    scale, start, end, T, K, V, SEGMENTS,
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """All gradients of the chunks `start .. end` of one sequence; the states are computed again rather than kept."""
-    S_rev = entering(p_enter, i_enter + SEGMENTS, BV, BK, ACC)
-    dS_fwd = entering(p_enter, i_enter + 2 * SEGMENTS, BV, BK, ACC)
+    S_rev = entering(p_S_enter, i_enter + SEGMENTS, BV, BK, ACC)
+    dS_fwd = entering(p_dS_enter, i_enter, BV, BK, ACC)
     for i in range(end - start):
         n = end - 1 - i
         if REV:
@@ -163,8 +163,8 @@ def backward_halving(
             b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
             dS_fwd = carry(dS_fwd, b_g, b_q, b_do, True, True, DOT)
     tl.debug_barrier()  # what some threads of the program wrote, others read below
-    S_fwd = entering(p_enter, i_enter, BV, BK, ACC)
-    dS_rev = entering(p_enter, i_enter + 3 * SEGMENTS, BV, BK, ACC)
+    S_fwd = entering(p_S_enter, i_enter, BV, BK, ACC)
+    dS_rev = entering(p_dS_enter, i_enter + SEGMENTS, BV, BK, ACC)
     for n in range(start, end):
         b_q = load(q, n * C, T, K, C, BK).to(ACC) * scale
         b_k = load(k, n * C, T, K, C, BK).to(ACC)

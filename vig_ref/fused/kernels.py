@@ -24,7 +24,7 @@ from vig_ref.fused.halving import backward_halving, forward_halving
 
 @triton.jit
 def forward_kernel(
-    q, k, v, g_fwd, g_rev, o, p_S_rev, p_enter, scale, H, T, K, V, SEGMENT,
+    q, k, v, g_fwd, g_rev, o, p_S_rev, p_S_enter, scale, H, T, K, V, SEGMENT,
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -45,20 +45,21 @@ def forward_kernel(
     p_S_rev += (i_block * SEGMENTS + i_s) * (SEGMENT // C) * BV * BK
     i_enter = i_block * 2 * SEGMENTS + i_s
     lowest = forward_anchored(
-        q, k, v, g_fwd, g_rev, o, p_S_rev, p_enter, i_enter, scale, start, end, T, K, V, SEGMENTS,
+        q, k, v, g_fwd, g_rev, o, p_S_rev, p_S_enter, i_enter, scale, start, end, T, K, V, SEGMENTS,
         FWD, REV, C, BK, BV, ACC, DOT, LIMIT, STAGES,
     )  # fmt: skip
     if lowest < BOUND:
         tl.debug_barrier()  # the fast path's last reads come before what is written over them
         forward_halving(
-            q, k, v, g_fwd, g_rev, o, p_S_rev, p_enter, i_enter, scale, start, end, T, K, V, SEGMENTS,
+            q, k, v, g_fwd, g_rev, o, p_S_rev, p_S_enter, i_enter, scale, start, end, T, K, V, SEGMENTS,
             FWD, REV, C, LEVELS, BK, BV, ACC, DOT, LIMIT,
         )  # fmt: skip
 
 
 @triton.jit
 def backward_kernel(
-    q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_enter, scale, H, T, K, V, SEGMENT,
+    q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter,
+    scale, H, T, K, V, SEGMENT,
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -82,16 +83,16 @@ def backward_kernel(
     i_state = (i_block * SEGMENTS + i_s) * (SEGMENT // C) * BV * BK
     p_S_rev += i_state
     p_dS_fwd += i_state
-    i_enter = i_block * 4 * SEGMENTS + i_s
+    i_enter = i_block * 2 * SEGMENTS + i_s
     lowest = backward_anchored(
-        q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_enter, i_enter, scale, start, end,
-        T, K, V, SEGMENTS, FWD, REV, C, BK, BV, ACC, DOT, LIMIT, STAGES,
+        q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter, i_enter,
+        scale, start, end, T, K, V, SEGMENTS, FWD, REV, C, BK, BV, ACC, DOT, LIMIT, STAGES,
     )  # fmt: skip
     if lowest < BOUND:
         tl.debug_barrier()  # the fast path's last reads come before what is written over them
         backward_halving(
-            q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_enter, i_enter, scale,
-            start, end, T, K, V, SEGMENTS, FWD, REV, C, LEVELS, BK, BV, ACC, DOT, LIMIT,
+            q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter,
+            i_enter, scale, start, end, T, K, V, SEGMENTS, FWD, REV, C, LEVELS, BK, BV, ACC, DOT, LIMIT,
         )  # fmt: skip
 
 
@@ -101,10 +102,7 @@ def _add_up(
     LEFT: tl.constexpr, OWN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What the chunks `start .. end` alone add to a state that goes to the left (or right), and the log decay there.
-
-    LEFT, OWN: see `carry`. scale: the factor of x, 1 for a state and the operator's for the gradient of one.
-    """
+    """What the chunks `start .. end` alone add to a state that goes to the left (or right), and the log decay there."""
     S = tl.zeros((BV, BK), ACC)
     decay = tl.zeros((ROWS, BK), ACC)
     for i in tl.range(end - start, num_stages=STAGES):
@@ -118,44 +116,35 @@ def _add_up(
 
 @triton.jit
 def segment_kernel(
-    q, k, v, g_fwd, g_rev, do, p_own, p_total, scale, H, T, K, V, SEGMENT,
-    FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr, STATES: tl.constexpr,
+    x, y, g_fwd, g_rev, p_own, p_total, scale, H, T, K, V, SEGMENT,
+    FWD: tl.constexpr, REV: tl.constexpr, OWN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What one segment alone adds to one state, and the log decay across it.
+    """What one segment alone adds to the state of one direction, and the log decay across it.
 
-    The states, in this order: S_fwd, S_rev, dS_fwd, dS_rev; the forward pass wants the first two only.
+    The states are S, with x = k and y = v, or with OWN their gradients dS, with x = q and y = do, which go the other
+    way and are decayed by the token's own gate too. scale: the factor of x, 1 for S and the operator's for dS.
     """
     i_row, i_v, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    i_bh, i_state = i_row // STATES, i_row % STATES
+    i_bh, i_direction = i_row // 2, i_row % 2
     i_b, i_h = i_bh // H, i_bh % H
-    i_own = ((i_bh * tl.num_programs(1) + i_v) * STATES + i_state) * tl.num_programs(2) + i_s
+    i_own = ((i_bh * tl.num_programs(1) + i_v) * 2 + i_direction) * tl.num_programs(2) + i_s
     start = i_s * (SEGMENT // C)
     end = tl.minimum(start + SEGMENT // C, tl.cdiv(T, C))
     S = tl.zeros((BV, BK), ACC)
     decay = tl.zeros((ROWS, BK), ACC)
-    k, v = sequence(k, i_b, i_h, 0), sequence(v, i_b, i_h, i_v * BV)
-    if STATES == 4:
-        q, do = sequence(q, i_b, i_h, 0), sequence(do, i_b, i_h, i_v * BV)
+    x, y = sequence(x, i_b, i_h, 0), sequence(y, i_b, i_h, i_v * BV)
     V -= i_v * BV
     if FWD:
         g_fwd = sequence(g_fwd, i_b, i_h, 0)
-        if i_state == 0:
-            S, decay = _add_up(k, v, g_fwd, 1.0, start, end, T, K, V, False, False, C, BK, BV, ACC, DOT, LIMIT, STAGES)
-        if STATES == 4:
-            if i_state == 2:
-                S, decay = _add_up(
-                    q, do, g_fwd, scale, start, end, T, K, V, True, True, C, BK, BV, ACC, DOT, LIMIT, STAGES
-                )
+        if i_direction == 0:
+            S, decay = _add_up(x, y, g_fwd, scale, start, end, T, K, V, OWN, OWN, C, BK, BV, ACC, DOT, LIMIT, STAGES)
     if REV:
         g_rev = sequence(g_rev, i_b, i_h, 0)
-        if i_state == 1:
-            S, decay = _add_up(k, v, g_rev, 1.0, start, end, T, K, V, True, False, C, BK, BV, ACC, DOT, LIMIT, STAGES)
-        if STATES == 4:
-            if i_state == 3:
-                S, decay = _add_up(
-                    q, do, g_rev, scale, start, end, T, K, V, False, True, C, BK, BV, ACC, DOT, LIMIT, STAGES
-                )
+        if i_direction == 1:
+            S, decay = _add_up(
+                x, y, g_rev, scale, start, end, T, K, V, not OWN, OWN, C, BK, BV, ACC, DOT, LIMIT, STAGES
+            )
     tl.store(state(p_own, i_own, BV, BK), S)
     row = tl.arange(0, ROWS)[:, None]
     tl.store(p_total + i_own * BK + tl.arange(0, BK)[None, :] + 0 * row, decay, mask=row == 0)
@@ -170,20 +159,20 @@ def _then(decay_1, S_1, decay_2, S_2):
 @triton.jit
 def combine_kernel(
     p_own, p_total, p_enter, SEGMENTS,
-    STATES: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr,
+    OWN: tl.constexpr, N: tl.constexpr, ROWS_AT_ONCE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """The states that enter each segment: a scan over N >= SEGMENTS of them, one row `[BK]` of one state a program."""
-    i_block, i_state, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    i_own = (i_block * STATES + i_state) * SEGMENTS
+    """The states that enter each segment: a scan over N >= SEGMENTS of them; a program does some rows of one state."""
+    i_block, i_direction, i_row = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    i_own = (i_block * 2 + i_direction) * SEGMENTS
     position = tl.arange(0, N)
-    # In the order of the scan; S_rev and dS_fwd go from right to left. What enters a segment is what left the last.
-    to_right = (i_state == 0) | (i_state == 3)
+    # In the order of the scan: S_fwd and dS_rev go to the right. What enters a segment is what left the last.
+    to_right = i_direction == (1 if OWN else 0)
     segment = tl.where(to_right, position, SEGMENTS - 1 - position)
     last = (i_own + tl.where(to_right, segment - 1, segment + 1))[:, None]
     there = ((position > 0) & (position < SEGMENTS))[:, None]
-    cols = tl.arange(0, BK)[None, :]
-    decay = tl.load(p_total + last * BK + cols, mask=there, other=0.0)
-    S = tl.load(p_own + (last * BV + i_v) * BK + cols, mask=there, other=0.0)
+    cells = tl.arange(0, ROWS_AT_ONCE * BK)[None, :]
+    cell = i_row * ROWS_AT_ONCE * BK + cells
+    decay = tl.load(p_total + last * BK + cells % BK, mask=there, other=0.0)
+    S = tl.load(p_own + last * BV * BK + cell, mask=there, other=0.0)
     _, S = tl.associative_scan((decay, S), 0, _then)
-    p_row = p_enter + ((i_own + segment)[:, None] * BV + i_v) * BK + cols
-    tl.store(p_row, S, mask=(position < SEGMENTS)[:, None])
+    tl.store(p_enter + (i_own + segment)[:, None] * BV * BK + cell, S, mask=(position < SEGMENTS)[:, None])

@@ -77,29 +77,30 @@ def _checked(
         raise ValueError(f"backend 'fused' takes float32, float16 and bfloat16, got float64; {instead}")
     if q.shape[3] > MAX_K:
         raise ValueError(f"backend 'fused' takes K up to {MAX_K}, got {q.shape[3]}; {instead}")
-    return _forward(q, k, v, g_fwd, g_rev, scale, precision)
+    return _forward(q, k, v, g_fwd, g_rev, scale, precision)[0]
 
 
 @torch.library.custom_op("vig_ref::gla_forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, scale: float, precision: str
-) -> Tensor:
-    o = _empty(v)
+) -> tuple[Tensor, Tensor]:
+    """o, and the states that enter each segment, which the backward pass wants again."""
+    o, S_enter = _empty(v), _entering(q, v)
     if o.numel():
         options = _options(q, v, g_fwd, g_rev, precision, backward=False)
         with _device(q):
-            enter = _enter(q, k, v, g_fwd, g_rev, None, scale, options)
+            _enter(k, v, g_fwd, g_rev, 1.0, S_enter, False, options)
             kernels.forward_kernel[_grid(v, options)](
-                *(_strided(x) for x in (q, k, v, g_fwd, g_rev, o)), _states(v, options), enter, scale, *_sizes(q, v),
-                **options,
+                *(_strided(x) for x in (q, k, v, g_fwd, g_rev, o)), _states(v, options), _or_none(S_enter), scale,
+                *_sizes(q, v), **options,
             )  # fmt: skip
-    return o
+    return o, S_enter
 
 
 @torch.library.custom_op("vig_ref::gla_backward", mutates_args=())
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, do: Tensor, scale: float,
-    precision: str,
+    q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, S_enter: Tensor, do: Tensor,
+    scale: float, precision: str,
 ) -> list[Tensor]:
     inputs = [x for x in (q, k, v, g_fwd, g_rev) if x is not None]
     grads = [_empty(x) for x in inputs]
@@ -109,12 +110,13 @@ def _backward(
     blocks = _grid(v, options)[1]
     parts = grads if blocks == 1 else [grad if n == 2 else _parts(inputs[n], blocks) for n, grad in enumerate(grads)]
     dq, dk, dv, *dg = (_strided(x) for x in parts)
+    dS_enter = torch.empty_like(S_enter)
     with _device(q):
-        enter = _enter(q, k, v, g_fwd, g_rev, do, scale, options)
+        _enter(q, do, g_fwd, g_rev, scale, dS_enter, True, options)
         kernels.backward_kernel[_grid(v, options)](
             *(_strided(x) for x in (q, k, v, g_fwd, g_rev, do)),
             dq, dk, dv, None if g_fwd is None else dg[0], None if g_rev is None else dg[-1],
-            _states(v, options), _states(v, options), enter, scale, *_sizes(q, v),
+            _states(v, options), _states(v, options), _or_none(S_enter), _or_none(dS_enter), scale, *_sizes(q, v),
             **options,
         )  # fmt: skip
     for grad, part in zip(grads, parts, strict=True):
@@ -124,49 +126,40 @@ def _backward(
 
 
 def _enter(
-    q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, do: Tensor | None, scale: float,
+    x: Tensor, y: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, scale: float, enter: Tensor, own: bool,
     options: dict,
-) -> Tensor | None:
-    """The states that enter each segment, `[B * H * blocks of V, states, segments, BV, BK]`; None for one segment."""
-    BH, blocks, segments = _grid(v, options)
-    if segments == 1:
-        return None
-    states = 2 if do is None else 4
-    wide = torch.promote_types(v.dtype, torch.float32)
-    own = v.new_empty(BH * blocks, states, segments, options["BV"], options["BK"], dtype=wide)
-    total = v.new_empty(BH * blocks, states, segments, options["BK"], dtype=wide)
-    tile = options["BK"], options["BV"]
-    kept = {name: options[name] for name in ("FWD", "REV", "C", "BK", "BV", "ACC", "DOT", "LIMIT", "STAGES")}
-    kernels.segment_kernel[BH * states, blocks, segments](
-        *(_strided(x) for x in (q, k, v, g_fwd, g_rev, do)), own, total, scale, *_sizes(q, v),
-        STATES=states, num_warps=TILES[tile][0], **kept,
+) -> None:  # fmt: skip
+    """Fill `enter`. x, y, own: see `kernels.segment_kernel`."""
+    if not enter.numel():
+        return
+    blocks, _, segments, BV, _ = enter.shape
+    parts, decay = torch.empty_like(enter), torch.empty_like(enter[..., 0, :])
+    kernels.segment_kernel[2 * x.shape[0] * x.shape[1], _grid(y, options)[1], segments](
+        *(_strided(each) for each in (x, y, g_fwd, g_rev)), parts, decay, scale, *_sizes(x, y),
+        **segment_constants(options, own),
     )  # fmt: skip
-    enter = torch.empty_like(own)
-    kernels.combine_kernel[BH * blocks, states, options["BV"]](
-        own, total, enter, segments, STATES=states, N=triton.next_power_of_2(segments),
-        BK=options["BK"], BV=options["BV"], ACC=options["ACC"], num_warps=4,
-    )  # fmt: skip
-    return enter
+    constants = combine_constants(options, own, segments)
+    kernels.combine_kernel[blocks, 2, BV // constants["ROWS_AT_ONCE"]](parts, decay, enter, segments, **constants)
 
 
 @_forward.register_fake
 def _(q, k, v, g_fwd, g_rev, scale, precision):
-    return _empty(v)
+    return _empty(v), _entering(q, v)
 
 
 @_backward.register_fake
-def _(q, k, v, g_fwd, g_rev, do, scale, precision):
+def _(q, k, v, g_fwd, g_rev, S_enter, do, scale, precision):
     return [_empty(x) for x in (q, k, v, g_fwd, g_rev) if x is not None]
 
 
 def _save(ctx, inputs, output):
     *tensors, ctx.scale, ctx.precision = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, output[1])
 
 
-def _differentiate(ctx, do):
-    q, k, v, g_fwd, g_rev = ctx.saved_tensors
-    dq, dk, dv, *dg = _backward(q, k, v, g_fwd, g_rev, do, ctx.scale, ctx.precision)
+def _differentiate(ctx, do, _):
+    q, k, v, g_fwd, g_rev, S_enter = ctx.saved_tensors
+    dq, dk, dv, *dg = _backward(q, k, v, g_fwd, g_rev, S_enter, do, ctx.scale, ctx.precision)
     dg_fwd = None if g_fwd is None else dg[0]
     dg_rev = None if g_rev is None else dg[-1]
     return dq, dk, dv, dg_fwd, dg_rev, None, None
@@ -196,6 +189,23 @@ def _parts(x: Tensor, blocks: int) -> Tensor:
     """Memory for what each block of V contributes to the gradient of x, stacked along B."""
     B, H, T, D = x.shape
     return x.new_empty(blocks * B, H, T, D, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _entering(q: Tensor, v: Tensor) -> Tensor:
+    """Memory for what enters each segment, `[B * H * blocks of V, directions, segments, BV, BK]`, if there are several.
+
+    Kept for the backward pass: 4 BV BK bytes a direction for SEGMENT tokens, 64 bytes a token with the heads of ViG,
+    whose inputs are 512; to find it again costs reading k, v and both gates once more, 448 bytes a token.
+    """
+    BH, T, (BK, BV) = v.shape[0] * v.shape[1], v.shape[2], _tile(q, v)
+    segments = triton.cdiv(T, _segment(T)) if T else 0
+    wide = torch.promote_types(v.dtype, torch.float32)
+    several = segments > 1
+    return v.new_empty(several * BH * triton.cdiv(v.shape[3], BV), 2, segments, BV, BK, dtype=wide)
+
+
+def _or_none(x: Tensor) -> Tensor | None:
+    return x if x.numel() else None
 
 
 def _states(v: Tensor, options: dict) -> Tensor:
@@ -232,13 +242,16 @@ def _options(
     """The compile-time constants of a launch."""
     if not INTERPRETED and torch.cuda.get_device_capability(q.device) < (8, 0):
         raise ValueError("backend 'fused' needs a GPU of compute capability 8.0 or newer; choose 'chunked' or 'naive'")
-    K, V = q.shape[3], v.shape[3]
-    tile = next((BK, BV) for BK, BV in TILES if BK >= K and (BV >= V or BK == MAX_K))
     dot = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(q.dtype, precision)
     if INTERPRETED:
         dot = "ieee"  # the interpreter multiplies the bit patterns of bfloat16
     there = g_fwd is not None, g_rev is not None
-    return constants(tile, dot, *there, backward=backward, double=q.dtype == torch.float64)
+    return constants(_tile(q, v), dot, *there, backward=backward, double=q.dtype == torch.float64)
+
+
+def _tile(q: Tensor, v: Tensor) -> tuple[int, int]:
+    K, V = q.shape[3], v.shape[3]
+    return next((BK, BV) for BK, BV in TILES if BK >= K and (BV >= V or BK == MAX_K))
 
 
 def constants(
@@ -253,3 +266,19 @@ def constants(
         "num_warps": TILES[tile][backward and dot == "bf16"], "num_stages": 1,
         "maxnreg": None if backward else REGISTERS.get(tile),
     }  # fmt: skip
+
+
+def segment_constants(options: dict, own: bool) -> dict:
+    """The compile-time constants of `segment_kernel`. It knows no fast path, so that its chunks may be longer."""
+    fast = options["DOT"] == "bf16"
+    kept = {name: options[name] for name in ("FWD", "REV", "BK", "BV", "ACC", "DOT", "LIMIT")}
+    chunk, warps = (2 * CHUNK, 1) if fast else (CHUNK, 0)
+    return kept | {
+        "OWN": own, "C": chunk, "STAGES": 2 if fast else 1, "num_warps": TILES[options["BK"], options["BV"]][warps],
+    }  # fmt: skip
+
+
+def combine_constants(options: dict, own: bool, segments: int) -> dict:
+    """The compile-time constants of `combine_kernel`: as many rows of a state at once as make 4096 numbers."""
+    BK, BV, N = options["BK"], options["BV"], triton.next_power_of_2(segments)
+    return {"OWN": own, "N": N, "ROWS_AT_ONCE": min(BV, max(1, 4096 // (N * BK))), "BK": BK, "BV": BV, "num_warps": 4}
