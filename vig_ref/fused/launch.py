@@ -274,7 +274,7 @@ def segment_constants(options: dict, own: bool) -> dict:
     kept = {name: options[name] for name in ("FWD", "REV", "BK", "BV", "ACC", "DOT", "LIMIT")}
     chunk, warps = (2 * CHUNK, 1) if fast else (CHUNK, 0)
     return kept | {
-        "OWN": own, "C": chunk, "STAGES": 2 if fast else 1, "num_warps": TILES[options["BK"], options["BV"]][warps],
+        "OWN": own, "C": chunk, "STAGES": STAGES if fast else 1, "num_warps": TILES[options["BK"], options["BV"]][warps],
     }  # fmt: skip
 
 
