@@ -53,7 +53,8 @@ def test_the_fused_layer_by_hand():
     forward, backward = 640 + first_sweep + state, 1152 + 2 * first_sweep + 2 * state
     assert traffic.fused(32, 64, 196) == {"forward": forward, "forward+backward": forward + backward}
     segment = first_sweep + 4 * 32 * 64 * 4 / 256  # its own state and the one that enters: float32, written and read
-    forward, backward = forward + 2 * segment, backward + 4 * segment
+    kept = 2 * 32 * 64 * 4 / 256  # what enters, found by the forward pass: the backward pass reads it again
+    forward, backward = forward + 2 * segment, backward + 2 * segment + kept
     assert traffic.fused(32, 64, 1024) == {"forward": forward, "forward+backward": forward + backward}
 
 

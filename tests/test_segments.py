@@ -161,7 +161,7 @@ def test_segments_of_a_neighbour_do_not_matter(segments_of):
 def test_a_sequence_is_cut_into_few_segments(T):
     """Whole chunks, no segment without tokens, and none longer than it must be."""
     tokens = launch._segment(T)
-    segments = launch._grid(torch.empty(1, 1, T, 1, device="meta"), {"BV": 32})[2]
+    segments = launch._grid(torch.empty(1, 1, T, 1, device="meta"), 32)[2]
     assert tokens % C == 0
     assert (segments - 1) * tokens < T <= segments * tokens
     assert segments <= launch.MAX_SEGMENTS

@@ -544,7 +544,7 @@ for backend in ("naive", "chunked", "fused"):
 #
 # The backward pass of [chapter 4](04_gradients_by_hand.ipynb) is one launch too, and by the same argument. It needs both
 # states and the gradients of both; two of the four travel right to left, and two left to right, so the same two sweeps
-# do. The states are computed again rather than kept. Everything through the public function, against the oracle:
+# do. The states of chunks are computed again rather than kept; those that enter segments are kept. Everything through the public function, against the oracle:
 
 # %%
 w = tolerance.draw(B=1, H=2, T=37, K=6, V=10, regime="vig")

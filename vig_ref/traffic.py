@@ -40,9 +40,9 @@ def fused(K: int, V: int, T: int) -> dict[str, int]:
     forward = floor(K, V)["forward"] + scan + state
     backward = floor(K, V)["forward+backward"] - floor(K, V)["forward"] + 2 * scan + 2 * state
     if T > SEGMENT:  # each state is scanned once more; a segment's own and the one that enters, written and read
-        segment = scan + 4 * K * V * FP32 // SEGMENT
-        forward += 2 * segment
-        backward += 4 * segment
+        segment = 2 * (scan + 4 * K * V * FP32 // SEGMENT)
+        forward += segment
+        backward += segment + 2 * K * V * FP32 // SEGMENT  # S was kept: it is but read
     return _passes(forward, backward)
 
 

@@ -14,9 +14,10 @@ from vig_ref.fused import kernels
 #: Tokens per chunk: the smallest tile that the tensor cores take. Less is forgotten, so that the fast path serves
 #: more gates, and a program needs fewer registers.
 CHUNK = 16
-#: The tiles that hold a state in registers, (columns BK, rows BV): warps of a program, and of a backward one in
-#: bfloat16. The first that is large enough is taken; a V larger than all is cut into blocks. The first two are the
-#: heads of ViG-H and ViG.
+#: The tiles that hold a state in registers, (columns BK, rows BV): warps of a program, and with bfloat16 of one of the
+#: backward pass or of `segment_kernel`. Not with tf32, whose products of 64 rows by four warps Triton 3.6 gets wrong.
+#: The first that is large enough is taken; a V larger than all is cut into blocks. The first two are the heads of
+#: ViG-H and ViG.
 TILES = {(16, 32): (1, 1), (32, 64): (2, 4), (128, 32): (4, 4)}
 #: Registers of a thread: six programs of two warps then share a multiprocessor. Fewer spill; more leave room for four.
 REGISTERS = {(32, 64): 168}
@@ -90,7 +91,7 @@ def _forward(
         options = _options(q, v, g_fwd, g_rev, precision, backward=False)
         with _device(q):
             _enter(k, v, g_fwd, g_rev, 1.0, S_enter, False, options)
-            kernels.forward_kernel[_grid(v, options)](
+            kernels.forward_kernel[_grid(v, options["BV"])](
                 *(_strided(x) for x in (q, k, v, g_fwd, g_rev, o)), _states(v, options), _or_none(S_enter), scale,
                 *_sizes(q, v), **options,
             )  # fmt: skip
@@ -107,13 +108,13 @@ def _backward(
     if not do.numel():
         return grads
     options = _options(q, v, g_fwd, g_rev, precision, backward=True)
-    blocks = _grid(v, options)[1]
+    blocks = _grid(v, options["BV"])[1]
     parts = grads if blocks == 1 else [grad if n == 2 else _parts(inputs[n], blocks) for n, grad in enumerate(grads)]
     dq, dk, dv, *dg = (_strided(x) for x in parts)
     dS_enter = torch.empty_like(S_enter)
     with _device(q):
         _enter(q, do, g_fwd, g_rev, scale, dS_enter, True, options)
-        kernels.backward_kernel[_grid(v, options)](
+        kernels.backward_kernel[_grid(v, options["BV"])](
             *(_strided(x) for x in (q, k, v, g_fwd, g_rev, do)),
             dq, dk, dv, None if g_fwd is None else dg[0], None if g_rev is None else dg[-1],
             _states(v, options), _states(v, options), _or_none(S_enter), _or_none(dS_enter), scale, *_sizes(q, v),
@@ -128,13 +129,13 @@ def _backward(
 def _enter(
     x: Tensor, y: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, scale: float, enter: Tensor, own: bool,
     options: dict,
-) -> None:  # fmt: skip
+) -> None:
     """Fill `enter`. x, y, own: see `kernels.segment_kernel`."""
     if not enter.numel():
         return
     blocks, _, segments, BV, _ = enter.shape
     parts, decay = torch.empty_like(enter), torch.empty_like(enter[..., 0, :])
-    kernels.segment_kernel[2 * x.shape[0] * x.shape[1], _grid(y, options)[1], segments](
+    kernels.segment_kernel[2 * x.shape[0] * x.shape[1], _grid(y, BV)[1], segments](
         *(_strided(each) for each in (x, y, g_fwd, g_rev)), parts, decay, scale, *_sizes(x, y),
         **segment_constants(options, own),
     )  # fmt: skip
@@ -197,11 +198,12 @@ def _entering(q: Tensor, v: Tensor) -> Tensor:
     Kept for the backward pass: 4 BV BK bytes a direction for SEGMENT tokens, 64 bytes a token with the heads of ViG,
     whose inputs are 512; to find it again costs reading k, v and both gates once more, 448 bytes a token.
     """
-    BH, T, (BK, BV) = v.shape[0] * v.shape[1], v.shape[2], _tile(q, v)
-    segments = triton.cdiv(T, _segment(T)) if T else 0
     wide = torch.promote_types(v.dtype, torch.float32)
-    several = segments > 1
-    return v.new_empty(several * BH * triton.cdiv(v.shape[3], BV), 2, segments, BV, BK, dtype=wide)
+    if v.shape[2] <= SEGMENT:
+        return v.new_empty(0, dtype=wide)
+    BK, BV = _tile(q, v)
+    BH, blocks, segments = _grid(v, BV)
+    return v.new_empty(BH * blocks, 2, segments, BV, BK, dtype=wide)
 
 
 def _or_none(x: Tensor) -> Tensor | None:
@@ -210,7 +212,7 @@ def _or_none(x: Tensor) -> Tensor | None:
 
 def _states(v: Tensor, options: dict) -> Tensor:
     """Scratch memory for a state of every chunk, rounded as the products that read it round."""
-    BH, blocks, segments = _grid(v, options)
+    BH, blocks, segments = _grid(v, options["BV"])
     chunks = segments * (_segment(v.shape[2]) // options["C"])
     wide = torch.promote_types(v.dtype, torch.float32)
     dtype = torch.bfloat16 if options["DOT"] == "bf16" else wide
@@ -219,7 +221,11 @@ def _states(v: Tensor, options: dict) -> Tensor:
 
 def _segment(T: int) -> int:
     """Tokens per segment, a multiple of CHUNK."""
-    return triton.cdiv(min(T, max(SEGMENT, triton.next_power_of_2(triton.cdiv(T, MAX_SEGMENTS)))), CHUNK) * CHUNK
+    if T <= SEGMENT:
+        return triton.cdiv(T, CHUNK) * CHUNK
+    if T <= SEGMENT * MAX_SEGMENTS:
+        return SEGMENT
+    return triton.next_power_of_2(triton.cdiv(T, MAX_SEGMENTS))
 
 
 def _strided(x: Tensor | None) -> tuple | None:
@@ -230,10 +236,10 @@ def _sizes(q: Tensor, v: Tensor) -> tuple[int, ...]:
     return q.shape[1], q.shape[2], q.shape[3], v.shape[3], _segment(q.shape[2])
 
 
-def _grid(v: Tensor, options: dict) -> tuple[int, int, int]:
+def _grid(v: Tensor, BV: int) -> tuple[int, int, int]:
     """One program per (batch, head), block of V and segment."""
     T = v.shape[2]
-    return v.shape[0] * v.shape[1], triton.cdiv(v.shape[3], options["BV"]), triton.cdiv(T, _segment(T))
+    return v.shape[0] * v.shape[1], triton.cdiv(v.shape[3], BV), triton.cdiv(T, _segment(T))
 
 
 def _options(
@@ -270,11 +276,11 @@ def constants(
 
 def segment_constants(options: dict, own: bool) -> dict:
     """The compile-time constants of `segment_kernel`. It knows no fast path, so that its chunks may be longer."""
-    fast = options["DOT"] == "bf16"
+    long = options["DOT"] == "bf16"
     kept = {name: options[name] for name in ("FWD", "REV", "BK", "BV", "ACC", "DOT", "LIMIT")}
-    chunk, warps = (2 * CHUNK, 1) if fast else (CHUNK, 0)
     return kept | {
-        "OWN": own, "C": chunk, "STAGES": STAGES if fast else 1, "num_warps": TILES[options["BK"], options["BV"]][warps],
+        "OWN": own, "C": 2 * CHUNK if long else CHUNK, "STAGES": STAGES if long else 1,
+        "num_warps": TILES[options["BK"], options["BV"]][long],
     }  # fmt: skip
 
 
