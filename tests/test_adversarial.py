@@ -191,7 +191,7 @@ def test_14_offset_beyond_32_bits(dim, tmp_path):
 def test_15_more_sequences_than_the_second_grid_axis_holds():
     """The first axis of a CUDA grid holds 2^31 - 1 programs, the others 65535: sequences belong on the first."""
     v = torch.empty(70_000, 2, 1, 16, device="meta")
-    assert launch._grid(v, {"BV": 32}) == (140_000, 1, 1)
+    assert launch._grid(v, 32) == (140_000, 1, 1)
 
 
 @pytest.mark.gpu

@@ -55,6 +55,18 @@ def test_nan_and_infinity_never_pass(wrong):
     assert rms_ratios(got, reference(x, scale=0.5), 1e-3)["dk"] == torch.inf
 
 
+def test_few_tokens_are_left_to_the_elementwise_bound():
+    """One token has one score. Where that cancels, rounding its operands exceeds the limit, but not the bound."""
+    x = draw(1, 1, 1, 17, 3, regime="keep")
+    rounded = x._replace(q=x.q.half().float(), k=x.k.half().float())  # as tf32 would: 11 bits
+    got, exact = evaluate(naive.bidirectional_gla, rounded, scale=0.5), reference(x, scale=0.5)
+    assert (got["o"] - exact["o"]).norm() > 2**-11 * exact["o"].norm()
+    assert ratios(got, x, "tf32")["o"] <= 1
+    assert rms_ratios(got, exact, 1e-9)["o"] == 0
+    got["o"][..., 0] = torch.nan
+    assert rms_ratios(got, exact, 1e-9)["o"] == torch.inf
+
+
 def test_one_wrong_element_is_seen():
     x = draw(*SHAPE)
     got = evaluate(naive.bidirectional_gla, x, scale=0.5)

@@ -21,7 +21,9 @@ subtracted:
 
     G_dg[t] = sum of |q| G_dq + |k| G_dk over the tokens of the chunk from t on, plus G of the chunk's last state
 
-The second gate is over a whole tensor and readable: rms(X - X64) <= RMS_LIMIT rms(X64).
+The second gate is over a whole tensor and readable: rms(X - X64) <= RMS_LIMIT rms(X64). It is asked of sequences of
+RMS_TOKENS or more: fewer share too few sums, and one that cancels, as the only score of a single token may, would count
+as an error. The first gate knows how much a sum cancels.
 """
 
 import math
@@ -41,6 +43,8 @@ DOT_UNIT = {"ieee": 0.0, "tf32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0*
 RMS_LIMIT = {
     "float64": 1e-13, "ieee": 2e-6, "ieee, strong gates": 2e-5, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 6e-3,
 }  # fmt: skip
+
+RMS_TOKENS = 16
 
 _INF = float("inf")
 #: Gate regimes, by name: each maps a standard normal tensor to log gates <= 0.
@@ -138,7 +142,7 @@ def nearest(got: Tensor, expected: Tensor, bound: Tensor) -> tuple[float, float,
 
 
 def rms_ratios(got: dict[str, Tensor], exact: dict[str, Tensor], limit: float) -> dict[str, float]:
-    """rms(X - X64) / (limit rms(X64) + eta) for each result: at most 1 passes."""
+    """rms(X - X64) / (limit rms(X64) + eta) for each result: at most 1 passes. 0 for fewer than RMS_TOKENS tokens."""
 
     def rms(x: Tensor) -> float:
         return x.square().mean().sqrt().item() if x.numel() else 0.0
@@ -147,7 +151,11 @@ def rms_ratios(got: dict[str, Tensor], exact: dict[str, Tensor], limit: float) -
     for name in NAMES:
         error = rms(got[name].double() - exact[name])
         ratio = 0.0 if error == 0 else error / (limit * rms(exact[name]) + ETA[got[name].dtype])
-        ratios[name] = _INF if math.isnan(ratio) else ratio  # max() would pass over a NaN
+        if math.isnan(ratio):
+            ratio = _INF  # max() would pass over a NaN
+        elif exact[name].shape[2] < RMS_TOKENS:
+            ratio = 0.0
+        ratios[name] = ratio
     return ratios
 
 
