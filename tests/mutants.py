@@ -47,7 +47,7 @@ METHODS = {
 }
 #: By layer, tests that a bug of it cannot turn red: they are about the other layers.
 UNTOUCHED = {
-    "chunked": "fused or segments or naive",
+    "chunked": "fused or naive",
     "fused": "chunked or naive or modulo or fractions",
 }
 #: Seconds for one mutant: an endless loop counts as seen.

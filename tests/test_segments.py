@@ -31,15 +31,6 @@ def segments_of(monkeypatch):
     return lambda tokens: monkeypatch.setattr(launch, "SEGMENT", tokens)
 
 
-@pytest.fixture
-def fresh_memory_is_nan():
-    """That of the segments' states included, which tests/conftest.py does not watch."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def set_bounds(monkeypatch, bound: float):
     monkeypatch.setattr(launch, "BOUND", bound)
     monkeypatch.setattr(launch, "BOUND_BACKWARD", dict.fromkeys(launch.BOUND_BACKWARD, bound))
@@ -114,7 +105,7 @@ def test_lengths_at_the_edge_of_a_segment(segments_of, T):
 
 
 @pytest.mark.parametrize(("regime", "T"), [("moderate", 17), ("strong", 17), ("reset", 33)])
-def test_segments_equal_the_oracle(segments_of, fresh_memory_is_nan, regime, T):
+def test_segments_equal_the_oracle(segments_of, regime, T):
     segments_of(16)
     judge(on_device(1, 1, T, 5, 7, regime=regime))
 

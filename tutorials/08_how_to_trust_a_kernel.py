@@ -690,7 +690,7 @@ print(f"{len(MUTANTS)} planted bugs:", dict(Counter(mutant.layer for mutant in M
 
 # %% [markdown]
 # `python tests/mutants.py` runs them, which takes long; [the verification page](../docs/verification.md) has the
-# record, as soon as there is one.
+# record.
 #
 # ## 9. What no method here can see
 #

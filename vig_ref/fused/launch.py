@@ -111,7 +111,7 @@ def _backward(
     blocks = _grid(v, options["BV"])[1]
     parts = grads if blocks == 1 else [grad if n == 2 else _parts(inputs[n], blocks) for n, grad in enumerate(grads)]
     dq, dk, dv, *dg = (_strided(x) for x in parts)
-    dS_enter = torch.empty_like(S_enter)
+    dS_enter = _entering(q, v)
     with _device(q):
         _enter(q, do, g_fwd, g_rev, scale, dS_enter, True, options)
         kernels.backward_kernel[_grid(v, options["BV"])](
@@ -134,7 +134,7 @@ def _enter(
     if not enter.numel():
         return
     blocks, _, segments, BV, _ = enter.shape
-    parts, decay = torch.empty_like(enter), torch.empty_like(enter[..., 0, :])
+    parts, decay = _entering(x, y), _decays(enter)
     kernels.segment_kernel[2 * x.shape[0] * x.shape[1], _grid(y, BV)[1], segments](
         *(_strided(each) for each in (x, y, g_fwd, g_rev)), parts, decay, scale, *_sizes(x, y),
         **segment_constants(options, own),
@@ -204,6 +204,11 @@ def _entering(q: Tensor, v: Tensor) -> Tensor:
     BK, BV = _tile(q, v)
     BH, blocks, segments = _grid(v, BV)
     return v.new_empty(BH * blocks, 2, segments, BV, BK, dtype=wide)
+
+
+def _decays(enter: Tensor) -> Tensor:
+    """Memory for the log decay across each segment."""
+    return enter.new_empty(*enter.shape[:3], enter.shape[4])
 
 
 def _or_none(x: Tensor) -> Tensor | None:
