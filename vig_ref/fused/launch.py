@@ -196,7 +196,7 @@ def _entering(q: Tensor, v: Tensor) -> Tensor:
     """Memory for what enters each segment, `[B * H * blocks of V, directions, segments, BV, BK]`, if there are several.
 
     Kept for the backward pass: 4 BV BK bytes a direction for SEGMENT tokens, 64 bytes a token with the heads of ViG,
-    whose inputs are 512; to find it again costs reading k, v and both gates once more, 448 bytes a token.
+    whose inputs are 512; finding it again means reading k, v and a gate once more for each direction, 640 bytes.
     """
     wide = torch.promote_types(v.dtype, torch.float32)
     if v.shape[2] <= SEGMENT:
