@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 
 from cases import CHUNK, FLOAT32, FLOAT64, LAYERS, VARIANTS, Case, Inputs, cases, device_of
 from vig_ref import bidirectional_gla, chunked, gla, naive
-from vig_ref.tolerance import NAMES, REGIMES, RMS_LIMIT, bounds, draw, evaluate, reference, rms_ratios, worst_ratios
+from vig_ref.tolerance import (
+    NAMES,
+    REGIMES,
+    RMS_LIMIT,
+    bounds,
+    draw,
+    evaluate,
+    reference,
+    rms_kind,
+    rms_ratios,
+    worst_ratios,
+)
 
 #: Every regime at one token and at a ragged length, with K and V off any tile, and each layout once.
 HARD = [Case(regime=regime, T=T, K=17, V=3, H=1) for regime in sorted(REGIMES) for T in (1, 49)] + [
@@ -35,13 +46,6 @@ def check(function, x: Inputs, *, scale: float, chunk: int, dot: str = "ieee", *
     for name, tensor in zip(NAMES, (x.v, *x[:5]), strict=True):
         assert (got[name].shape, got[name].dtype) == (tensor.shape, tensor.dtype)
     assert all(torch.equal(*pair) for pair in zip(before, x, strict=True)), "an input was written to"
-
-
-def rms_kind(x: Inputs, dot: str) -> str:
-    if x.q.dtype == torch.float64:
-        return "float64"
-    strong = min(x.g_fwd.min(), x.g_rev.min()) < -1
-    return "ieee, strong gates" if dot == "ieee" and strong else dot
 
 
 def on_hard_cases(test):

@@ -113,16 +113,9 @@ def measure(layer: Layer, got: dict[str, Tensor], x: tolerance.Inputs, scale: fl
     """A result and its gradients against the oracle, by name, under both gates of `vig_ref.tolerance`."""
     exact = tolerance.reference(x, scale=scale)
     bound = bounds(layer, x, exact, scale)
-    rms = tolerance.rms_ratios(got, exact, tolerance.RMS_LIMIT[rms_kind(layer, x)])
+    kind = tolerance.rms_kind(x, ARITHMETICS[layer.arithmetic].dot)
+    rms = tolerance.rms_ratios(got, exact, tolerance.RMS_LIMIT[kind])
     return {name: Measure(*tolerance.nearest(got[name], exact[name], bound[name]), rms[name]) for name in NAMES}
-
-
-def rms_kind(layer: Layer, x: tolerance.Inputs) -> str:
-    """The key of `tolerance.RMS_LIMIT` for a layer and the gates of its inputs."""
-    if layer.dtype == torch.float64:
-        return "float64"
-    dot = ARITHMETICS[layer.arithmetic].dot
-    return "ieee, strong gates" if dot == "ieee" and min(x.g_fwd.min(), x.g_rev.min()) < -1 else dot
 
 
 def compare(layer: Layer) -> list[dict[str, Any]]:

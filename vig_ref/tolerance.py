@@ -141,6 +141,13 @@ def nearest(got: Tensor, expected: Tensor, bound: Tensor) -> tuple[float, float,
     return ratio[n].item(), error.flatten()[n].item(), bound.flatten()[n].item()
 
 
+def rms_kind(x: Inputs, dot: str) -> str:
+    """The key of `RMS_LIMIT` for inputs and the arithmetic of a layer's matrix products, a key of `DOT_UNIT`."""
+    if x.q.dtype == torch.float64:
+        return "float64"
+    return "ieee, strong gates" if dot == "ieee" and min(x.g_fwd.min(), x.g_rev.min()) < -1 else dot
+
+
 def rms_ratios(got: dict[str, Tensor], exact: dict[str, Tensor], limit: float) -> dict[str, float]:
     """rms(X - X64) / (limit rms(X64) + eta) for each result: at most 1 passes. 0 for fewer than RMS_TOKENS tokens."""
 

@@ -63,7 +63,7 @@ def backward_kernel(
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of `forward_kernel` in one launch; the states are computed again rather than kept."""
+    """All gradients of `forward_kernel` in one launch; the chunks' states are computed again rather than kept."""
     i_bh, i_v, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     i_b, i_h = i_bh // H, i_bh % H
     SEGMENTS = tl.num_programs(2)
