@@ -99,7 +99,7 @@ def red_zones():
         return allocate_between_canaries
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_empty", "_parts", "_states", "_entering", "_decays"):
+        for name in ("_empty", "_parts", "_states", "_shares", "_entering", "_decays"):
             patch.setattr(launch, name, guarded(getattr(launch, name)))
         yield
     for memory in memories:

@@ -32,9 +32,11 @@ from vig_ref.fused.blocks import (
     load,
     load_gate,
     operand,
+    other_share,
     scale_columns,
-    state,
+    scratch,
     store,
+    store_share,
     sums,
 )  # fmt: skip
 
@@ -62,13 +64,21 @@ def _half(LEFT: tl.constexpr, C: tl.constexpr):
 def _advance(S, before, lowest, g, LEFT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
     """A state from the last middle to this chunk's. LEFT: the scan goes to the left.
 
-    before `[ROWS, BK]` is what the last chunk left to be forgotten, its far half; the new one is returned with S.
-    lowest `[ROWS]` collects the smallest exponent; the far half of the last chunk of all is left to the caller.
+    before `[ROWS, BK]` is what the last chunk left to be forgotten, its far half; see `_behind`.
+    lowest `[ROWS, BK]` collects the smallest exponents; the far half of the last chunk of all is left to the caller.
     """
-    C: tl.constexpr = g.shape[0]
-    between = before + sums(_half(not LEFT, C), g, DOT)
-    lowest = tl.minimum(lowest, tl.min(between, 1))
-    return scale_columns(S, exp2(between, DOT), BV, BK), sums(_half(LEFT, C), g, DOT), lowest
+    between = before + sums(_half(not LEFT, g.shape[0]), g, DOT)
+    return scale_columns(S, exp2(between, DOT), BV, BK), tl.minimum(lowest, between)
+
+
+@triton.jit
+def _behind(g, LEFT: tl.constexpr, DOT: tl.constexpr):
+    """The gates of the half that the scan meets last, `[ROWS, BK]`: equal rows.
+
+    Call it as the last product of a loop: Triton distributes all of them over the warps as the last one wants it, and
+    this one wants each warp to keep its own columns of K, from the gates to the state.
+    """
+    return sums(_half(LEFT, g.shape[0]), g, DOT)
 
 
 @triton.jit
@@ -81,63 +91,42 @@ def _reads(C: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def forward_anchored(
-    q, k, v, g_fwd, g_rev, o, p_S_rev, p_S_enter, i_enter, scale, start, end, T, K, V, SEGMENTS,
-    FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    q, k, v, g, o, p_share, p_S_enter, i_enter, scale, start, end, T, K, V,
+    REVERSE: tl.constexpr, OTHER: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The chunks `start .. end` of one sequence. Returns the smallest exponent met."""
-    none = tl.zeros((ROWS, BK), ACC)
-    lowest = tl.zeros((ROWS,), ACC)
-    if REV:
-        before = none
-        S = entering(p_S_enter, i_enter + SEGMENTS, BV, BK, ACC)
-        for i in tl.range(end - start, num_stages=STAGES):
-            n = end - 1 - i
-            b_k = load(k, n * C, T, K, C, BK)
-            b_v = load(v, n * C, T, V, C, BV)
-            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
-            S, before, lowest = _advance(S, before, lowest, b_g, True, BV, BK, DOT)
-            p_middle = state(p_S_rev, n - start, BV, BK)
-            tl.store(p_middle, S.to(p_middle.dtype.element_ty))
-            b_kE = b_k.to(ACC) * exp2(-sums(_middle(C, True), b_g, DOT), DOT)
-            S = dot(tl.trans(b_v), b_kE, S, DOT)
-        lowest = tl.minimum(lowest, tl.min(before, 1))
-        tl.debug_barrier()  # what some threads of the program wrote, others read below
-    before = none
+    """One direction of the chunks `start .. end` of one sequence. Returns the smallest exponent met."""
+    before = tl.zeros((ROWS, BK), ACC)
+    lowest = before
     S = entering(p_S_enter, i_enter, BV, BK, ACC)
-    for n in tl.range(start, end, num_stages=STAGES):
+    for i in tl.range(end - start, num_stages=STAGES):
+        n = end - 1 - i if REVERSE else start + i
         b_q = load(q, n * C, T, K, C, BK)
         b_k = load(k, n * C, T, K, C, BK)
         b_v = load(v, n * C, T, V, C, BV)
         b_vT = load(v, n * C, T, V, C, BV, TRANSPOSED=True)  # one load in two layouts could not be fetched ahead
-        b_o = tl.zeros((C, BV), ACC)
-        A = tl.zeros((C, C), ACC)
-        if REV:
-            b_S = tl.load(state(p_S_rev, n - start, BV, BK))
-            b = sums(_middle(C, True), load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT), DOT)
-            b_qE = b_q.to(ACC) * exp2(b, DOT)
-            A += tl.where(_reads(C, True), dot(b_qE, tl.trans(b_k.to(ACC) * exp2(-b, DOT)), tl.zeros_like(A), DOT), 0.0)
-            b_o = dot(b_qE, tl.trans(b_S), b_o, DOT)
-        if FWD:
-            b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
-            S, before, lowest = _advance(S, before, lowest, b_g, False, BV, BK, DOT)
-            b = sums(_middle(C, False), b_g, DOT)
-            b_qE = b_q.to(ACC) * exp2(b, DOT)
-            b_kE = b_k.to(ACC) * exp2(-b, DOT)
-            A += tl.where(_reads(C, False), dot(b_qE, tl.trans(b_kE), tl.zeros_like(A), DOT), 0.0)
-            b_o = dot(b_qE, tl.trans(S), b_o, DOT)
-            S = dot(b_vT, b_kE, S, DOT)
+        b_g = load_gate(g, n * C, T, K, C, BK, ACC, LIMIT)
+        S, lowest = _advance(S, before, lowest, b_g, REVERSE, BV, BK, DOT)
+        b = sums(_middle(C, REVERSE), b_g, DOT)
+        b_qE = b_q.to(ACC) * (exp2(b, DOT) * scale)
+        b_kE = b_k.to(ACC) * exp2(-b, DOT)
+        A = tl.where(_reads(C, REVERSE), dot(b_qE, tl.trans(b_kE), tl.zeros((C, C), ACC), DOT), 0.0)
+        b_o = dot(b_qE, tl.trans(S), other_share(p_share, n - start, REVERSE, OTHER, C, BV, ACC), DOT)
+        S = dot(b_vT, b_kE, S, DOT)
+        before = _behind(b_g, REVERSE, DOT)
         b_o = dot(A, b_v, b_o, DOT)
-        store(o, b_o * scale, n * C, T, V, C, BV)
-    return tl.min(tl.minimum(lowest, tl.min(before, 1)), 0)
+        store_share(o, p_share, n - start, b_o, n * C, T, V, REVERSE, OTHER, C, BV)
+    return tl.min(tl.minimum(lowest, before))
 
 
 @triton.jit
 def _gradients(
-    q, k, v, do, dv, dA, g, S, dS, scale,
+    q, k, v, do, dv, dA, g, S, dS, dg_S, scale,
     REVERSE: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One direction of one chunk, backward. S: the state at its middle; dS: its gradient after the chunk's tokens.
+
+    S and dS are rounded as the products want them; dg_S `[BK]` is <S, dS>, the same for all gates of the chunk.
 
     Returns dq, dk, dg, dv with what dS adds to it, the scores A, and q exp(b), which the next dS wants.
     """
@@ -161,7 +150,7 @@ def _gradients(
     # The gate of t stands between the tokens behind it, itself included, and those before it, in the order of the scan.
     dg = sums(ahead(REVERSE, True, C), pairs + qE.to(ACC) * reads, DOT)
     dg += sums(ahead(not REVERSE, False, C), kE.to(ACC) * writes, DOT)
-    dg += tl.sum(S.to(ACC) * dS.to(ACC), 0)[None, :]
+    dg += dg_S[None, :]
     return dq, dk, dg, dv, A, qE
 
 
@@ -174,7 +163,7 @@ def backward_anchored(
 ):  # fmt: skip
     """All gradients of the chunks `start .. end` of one sequence. Returns the smallest exponent met."""
     none = tl.zeros((ROWS, BK), ACC)
-    lowest = tl.zeros((ROWS,), ACC)
+    lowest = none
     S_rev = entering(p_S_enter, i_enter + SEGMENTS, BV, BK, ACC)
     dS_fwd = entering(p_dS_enter, i_enter, BV, BK, ACC)
     S_before = none
@@ -183,19 +172,21 @@ def backward_anchored(
         n = end - 1 - i
         if REV:
             b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
-            S_rev, S_before, lowest = _advance(S_rev, S_before, lowest, b_g, True, BV, BK, DOT)
-            p_middle = state(p_S_rev, n - start, BV, BK)
+            S_rev, lowest = _advance(S_rev, S_before, lowest, b_g, True, BV, BK, DOT)
+            p_middle = scratch(p_S_rev, n - start, BV, BK)
             tl.store(p_middle, S_rev.to(p_middle.dtype.element_ty))
             b_kE = load(k, n * C, T, K, C, BK).to(ACC) * exp2(-sums(_middle(C, True), b_g, DOT), DOT)
-            S_rev = dot(tl.trans(load(v, n * C, T, V, C, BV)), b_kE, S_rev, DOT)
+            S_rev = dot(load(v, n * C, T, V, C, BV, TRANSPOSED=True), b_kE, S_rev, DOT)
+            S_before = _behind(b_g, True, DOT)
         if FWD:
             b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
-            dS_fwd, dS_before, lowest = _advance(dS_fwd, dS_before, lowest, b_g, True, BV, BK, DOT)
-            p_middle = state(p_dS_fwd, n - start, BV, BK)
+            dS_fwd, lowest = _advance(dS_fwd, dS_before, lowest, b_g, True, BV, BK, DOT)
+            p_middle = scratch(p_dS_fwd, n - start, BV, BK)
             tl.store(p_middle, dS_fwd.to(p_middle.dtype.element_ty))
             b_qE = load(q, n * C, T, K, C, BK).to(ACC) * (exp2(sums(_middle(C, False), b_g, DOT), DOT) * scale)
-            dS_fwd = dot(tl.trans(load(do, n * C, T, V, C, BV)), b_qE, dS_fwd, DOT)
-    lowest = tl.minimum(lowest, tl.min(tl.minimum(S_before, dS_before), 1))
+            dS_fwd = dot(load(do, n * C, T, V, C, BV, TRANSPOSED=True), b_qE, dS_fwd, DOT)
+            dS_before = _behind(b_g, True, DOT)
+    lowest = tl.minimum(lowest, tl.minimum(S_before, dS_before))
     tl.debug_barrier()  # what some threads of the program wrote, others read below
     S_fwd = entering(p_S_enter, i_enter, BV, BK, ACC)
     dS_rev = entering(p_dS_enter, i_enter + SEGMENTS, BV, BK, ACC)
@@ -214,25 +205,28 @@ def backward_anchored(
         A = tl.zeros((C, C), ACC)
         if REV:
             b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
-            b_S = tl.load(state(p_S_rev, n - start, BV, BK))
-            dS_rev, dS_before, lowest = _advance(dS_rev, dS_before, lowest, b_g, False, BV, BK, DOT)
-            b_dS = dS_rev.to(b_S.dtype)
+            b_S = tl.load(scratch(p_S_rev, n - start, BV, BK))
+            dS_rev, lowest = _advance(dS_rev, dS_before, lowest, b_g, False, BV, BK, DOT)
             part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
-                b_q, b_k, b_v, b_do, b_dv, dA, b_g, b_S, b_dS, scale, True, C, ACC, DOT
-            )
+                b_q, b_k, b_v, b_do, b_dv, dA, b_g, b_S, dS_rev.to(b_S.dtype), tl.sum(b_S.to(ACC) * dS_rev, 0), scale,
+                True, C, ACC, DOT,
+            )  # fmt: skip
             dS_rev = dot(tl.trans(b_do), b_qE, dS_rev, DOT)
+            dS_before = _behind(b_g, False, DOT)
             b_dq += part_dq
             b_dk += part_dk
             A += part_A
             store(dg_rev, tl.where(n * C + i == T - 1, 0.0, b_dg), n * C, T, K, C, BK)  # it has nothing to forget
         if FWD:
             b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
-            b_dS = tl.load(state(p_dS_fwd, n - start, BV, BK))
-            S_fwd, S_before, lowest = _advance(S_fwd, S_before, lowest, b_g, False, BV, BK, DOT)
+            b_dS = tl.load(scratch(p_dS_fwd, n - start, BV, BK))
+            S_fwd, lowest = _advance(S_fwd, S_before, lowest, b_g, False, BV, BK, DOT)
             part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
-                b_q, b_k, b_v, b_do, b_dv, dA, b_g, S_fwd.to(b_dS.dtype), b_dS, scale, False, C, ACC, DOT
-            )
+                b_q, b_k, b_v, b_do, b_dv, dA, b_g, S_fwd.to(b_dS.dtype), b_dS, tl.sum(S_fwd * b_dS.to(ACC), 0), scale,
+                False, C, ACC, DOT,
+            )  # fmt: skip
             S_fwd = dot(tl.trans(b_v), b_k.to(ACC) * exp2(-sums(_middle(C, False), b_g, DOT), DOT), S_fwd, DOT)
+            S_before = _behind(b_g, False, DOT)
             b_dq += part_dq
             b_dk += part_dk
             A += part_A
@@ -241,4 +235,4 @@ def backward_anchored(
         store(dk, b_dk, n * C, T, K, C, BK)
         b_dv = dot(tl.trans(A), b_do, b_dv, DOT)
         store(dv, b_dv, n * C, T, V, C, BV)
-    return tl.min(tl.minimum(lowest, tl.min(tl.minimum(S_before, dS_before), 1)), 0)
+    return tl.min(tl.minimum(lowest, tl.minimum(S_before, dS_before)))

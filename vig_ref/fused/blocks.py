@@ -29,10 +29,10 @@ def sequence(x, i_b, i_h, i_d):
 def tile(x, i_t, T, D, C: tl.constexpr, BD: tl.constexpr):
     """Addresses `[C, BD]` of the tokens from i_t on, and the mask of those that exist."""
     pointer, stride_t, stride_d = x
-    rows = tl.arange(0, C)
+    rows = i_t + tl.arange(0, C)
     cols = tl.arange(0, BD)
     offsets = rows.to(tl.int64)[:, None] * stride_t + cols.to(tl.int64)[None, :] * stride_d
-    return pointer + tl.full((), i_t, tl.int64) * stride_t + offsets, (rows < T - i_t)[:, None] & (cols < D)[None, :]
+    return pointer + offsets, (rows < T)[:, None] & (cols < D)[None, :]
 
 
 @triton.jit
@@ -59,9 +59,9 @@ def store(x, value, i_t, T, D, C: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def state(p_states, i, BV: tl.constexpr, BK: tl.constexpr):
-    """Addresses of the i-th `[BV, BK]` state in scratch memory."""
-    return p_states + i * BV * BK + tl.arange(0, BV)[:, None] * BK + tl.arange(0, BK)[None, :]
+def scratch(p, i, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Addresses of the i-th block `[ROWS, COLS]` in scratch memory: a state, or the share of a chunk in o."""
+    return p + i * ROWS * COLS + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
 
 
 @triton.jit
@@ -70,7 +70,30 @@ def entering(p_enter, i, BV: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
     if p_enter is None:
         return tl.zeros((BV, BK), ACC)
     else:
-        return tl.load(state(p_enter, i, BV, BK))
+        return tl.load(scratch(p_enter, i, BV, BK))
+
+
+@triton.jit
+def other_share(
+    p_share, i, REVERSE: tl.constexpr, OTHER: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr
+):
+    """What the other direction adds to the i-th chunk of o, as far as it is known: the reverse scan comes first."""
+    if OTHER and not REVERSE:
+        return tl.load(scratch(p_share, i, C, BV)).to(ACC)
+    else:
+        return tl.zeros((C, BV), ACC)
+
+
+@triton.jit
+def store_share(
+    o, p_share, i, b_o, i_t, T, V, REVERSE: tl.constexpr, OTHER: tl.constexpr, C: tl.constexpr, BV: tl.constexpr
+):
+    """The result, or what the reverse scan leaves to the forward one."""
+    if OTHER and REVERSE:
+        p = scratch(p_share, i, C, BV)
+        tl.store(p, b_o.to(p.dtype.element_ty))
+    else:
+        store(o, b_o, i_t, T, V, C, BV)
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------

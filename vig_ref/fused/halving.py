@@ -13,7 +13,20 @@ boundary: the edge where the scan enters the chunk, the edge where it leaves, an
 import triton
 import triton.language as tl
 
-from vig_ref.fused.blocks import ahead, carry, dot, entering, exp2, load, load_gate, state, store, sums
+from vig_ref.fused.blocks import (
+    ahead,
+    carry,
+    dot,
+    entering,
+    exp2,
+    load,
+    load_gate,
+    other_share,
+    scratch,
+    store,
+    store_share,
+    sums,
+)  # fmt: skip
 
 
 @triton.jit
@@ -98,42 +111,25 @@ def _gradients(
 
 @triton.jit
 def forward_halving(
-    q, k, v, g_fwd, g_rev, o, p_S_rev, p_S_enter, i_enter, scale, start, end, T, K, V, SEGMENTS,
-    FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
+    q, k, v, g, o, p_share, p_S_enter, i_enter, scale, start, end, T, K, V,
+    REVERSE: tl.constexpr, OTHER: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """The chunks `start .. end` of one sequence. p_S_rev: memory for the reverse state at every chunk's edge."""
-    if REV:
-        S_rev = entering(p_S_enter, i_enter + SEGMENTS, BV, BK, ACC)
-        for i in range(end - start):
-            n = end - 1 - i
-            p_edge = state(p_S_rev, n - start, BV, BK)
-            tl.store(p_edge, S_rev.to(p_edge.dtype.element_ty))
-            b_k = load(k, n * C, T, K, C, BK)
-            b_v = load(v, n * C, T, V, C, BV)
-            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
-            S_rev = carry(S_rev, b_g, b_k, b_v, True, False, DOT)
-        tl.debug_barrier()  # what some threads of the program wrote, others read below
-    S_fwd = entering(p_S_enter, i_enter, BV, BK, ACC)
-    for n in range(start, end):
-        b_q = load(q, n * C, T, K, C, BK).to(ACC)
+    """One direction of the chunks `start .. end` of one sequence."""
+    S = entering(p_S_enter, i_enter, BV, BK, ACC)
+    for i in range(end - start):
+        n = end - 1 - i if REVERSE else start + i
+        b_q = load(q, n * C, T, K, C, BK).to(ACC) * scale
         b_k = load(k, n * C, T, K, C, BK).to(ACC)
         b_v = load(v, n * C, T, V, C, BV).to(ACC)
-        b_o = (FWD + REV) * tl.sum(b_q * b_k, 1)[:, None] * b_v  # token i reads itself, once in each direction
-        A = tl.zeros((C, C), ACC)
-        if REV:
-            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
-            b_qE = b_q * exp2(sums(ahead(False, True, C), b_g, DOT), DOT)
-            b_o = dot(b_qE, tl.trans(tl.load(state(p_S_rev, n - start, BV, BK))), b_o, DOT)
-            A += _scores(b_q, b_k, b_g, True, C, LEVELS, ACC, DOT)
-        if FWD:
-            b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
-            b_qE = b_q * exp2(sums(ahead(True, True, C), b_g, DOT), DOT)
-            b_o = dot(b_qE, tl.trans(S_fwd), b_o, DOT)
-            A += _scores(b_q, b_k, b_g, False, C, LEVELS, ACC, DOT)
-            S_fwd = carry(S_fwd, b_g, b_k, b_v, False, False, DOT)
-        b_o = dot(A, b_v, b_o, DOT)
-        store(o, b_o * scale, n * C, T, V, C, BV)
+        b_g = load_gate(g, n * C, T, K, C, BK, ACC, LIMIT)
+        b_o = other_share(p_share, n - start, REVERSE, OTHER, C, BV, ACC)
+        b_o += tl.sum(b_q * b_k, 1)[:, None] * b_v  # token i reads itself
+        b_qE = b_q * exp2(sums(ahead(not REVERSE, True, C), b_g, DOT), DOT)
+        b_o = dot(b_qE, tl.trans(S), b_o, DOT)
+        b_o = dot(_scores(b_q, b_k, b_g, REVERSE, C, LEVELS, ACC, DOT), b_v, b_o, DOT)
+        S = carry(S, b_g, b_k, b_v, REVERSE, False, DOT)
+        store_share(o, p_share, n - start, b_o, n * C, T, V, REVERSE, OTHER, C, BV)
 
 
 @triton.jit
@@ -149,14 +145,14 @@ def backward_halving(
     for i in range(end - start):
         n = end - 1 - i
         if REV:
-            p_edge = state(p_S_rev, n - start, BV, BK)
+            p_edge = scratch(p_S_rev, n - start, BV, BK)
             tl.store(p_edge, S_rev.to(p_edge.dtype.element_ty))
             b_k = load(k, n * C, T, K, C, BK)
             b_v = load(v, n * C, T, V, C, BV)
             b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
             S_rev = carry(S_rev, b_g, b_k, b_v, True, False, DOT)
         if FWD:
-            p_edge = state(p_dS_fwd, n - start, BV, BK)
+            p_edge = scratch(p_dS_fwd, n - start, BV, BK)
             tl.store(p_edge, dS_fwd.to(p_edge.dtype.element_ty))
             b_q = load(q, n * C, T, K, C, BK).to(ACC) * scale
             b_do = load(do, n * C, T, V, C, BV)
@@ -178,7 +174,7 @@ def backward_halving(
         dA = dot(b_do, tl.trans(b_v), A, DOT)
         if REV:
             b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
-            b_S = tl.load(state(p_S_rev, n - start, BV, BK)).to(ACC)
+            b_S = tl.load(scratch(p_S_rev, n - start, BV, BK)).to(ACC)
             part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, b_S, dS_rev, True, C, LEVELS, ACC, DOT)
             part_dq, part_dk, b_dg, part_A, part_dv = part
             b_dq += part_dq
@@ -189,7 +185,7 @@ def backward_halving(
             dS_rev = carry(dS_rev, b_g, b_q, b_do, False, True, DOT)
         if FWD:
             b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
-            b_dS = tl.load(state(p_dS_fwd, n - start, BV, BK)).to(ACC)
+            b_dS = tl.load(scratch(p_dS_fwd, n - start, BV, BK)).to(ACC)
             part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, S_fwd, b_dS, False, C, LEVELS, ACC, DOT)
             part_dq, part_dk, b_dg, part_A, part_dv = part
             b_dq += part_dq

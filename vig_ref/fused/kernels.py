@@ -1,7 +1,14 @@
-"""The kernels: a program takes one (batch, head), or a segment of a long one, walks its chunks twice, both directions.
+"""The kernels: a program takes one (batch, head), or a segment of a long one, and walks its chunks.
 
-    first sweep, right to left     carries S_rev, and in the backward pass dS_fwd; writes them for every chunk
-    second sweep, left to right    carries S_fwd, and in the backward pass dS_rev; reads those; writes all results
+Forward, one direction after the other, since a program that holds one state is twice as fast with each:
+
+    right to left     carries S_rev; leaves its share of o in scratch memory
+    left to right     carries S_fwd; adds the other share, and writes o
+
+Backward, the gradients of a chunk need S from one side and dS from the other, so that states are written out:
+
+    right to left     carries S_rev and dS_fwd; writes both for every chunk
+    left to right     carries S_fwd and dS_rev; reads those; writes all gradients
 
 The arithmetic of a chunk has two forms. `anchored.py` is fast, and exact for gates that do not forget too much within
 half a chunk; `halving.py` is exact for all. A program takes the first and looks at the smallest exponent that it met;
@@ -18,13 +25,16 @@ import triton
 import triton.language as tl
 
 from vig_ref.fused.anchored import backward_anchored, forward_anchored
-from vig_ref.fused.blocks import ROWS, carry, load, load_gate, sequence, state, total
+from vig_ref.fused.blocks import ROWS, carry, load, load_gate, scratch, sequence, total
 from vig_ref.fused.halving import backward_halving, forward_halving
 
+#: Arguments whose values Triton need not know: otherwise it compiles anew where one is 1, or a multiple of 16.
+SIZES = ["H", "T", "SEGMENT", "SEGMENTS"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    q, k, v, g_fwd, g_rev, o, p_S_rev, p_S_enter, scale, H, T, K, V, SEGMENT,
+    q, k, v, g_fwd, g_rev, o, p_share, p_S_enter, scale, H, T, K, V, SEGMENT,
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -35,28 +45,43 @@ def forward_kernel(
     i_block = i_bh * tl.num_programs(1) + i_v
     q, k = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0)
     v, o = sequence(v, i_b, i_h, i_v * BV), sequence(o, i_b, i_h, i_v * BV)
-    if FWD:
-        g_fwd = sequence(g_fwd, i_b, i_h, 0)
-    if REV:
-        g_rev = sequence(g_rev, i_b, i_h, 0)
     V -= i_v * BV
     start = i_s * (SEGMENT // C)
     end = tl.minimum(start + SEGMENT // C, tl.cdiv(T, C))
-    p_S_rev += (i_block * SEGMENTS + i_s) * (SEGMENT // C) * BV * BK
     i_enter = i_block * 2 * SEGMENTS + i_s
-    lowest = forward_anchored(
-        q, k, v, g_fwd, g_rev, o, p_S_rev, p_S_enter, i_enter, scale, start, end, T, K, V, SEGMENTS,
-        FWD, REV, C, BK, BV, ACC, DOT, LIMIT, STAGES,
-    )  # fmt: skip
+    if FWD and REV:
+        p_share += (i_block * SEGMENTS + i_s) * SEGMENT * BV
+    lowest = tl.zeros((), ACC)
+    if REV:
+        g_rev = sequence(g_rev, i_b, i_h, 0)
+        lowest = forward_anchored(
+            q, k, v, g_rev, o, p_share, p_S_enter, i_enter + SEGMENTS, scale, start, end, T, K, V,
+            True, FWD, C, BK, BV, ACC, DOT, LIMIT, STAGES,
+        )  # fmt: skip
+    tl.debug_barrier()  # what some threads of the program wrote, others read below
+    if FWD:
+        g_fwd = sequence(g_fwd, i_b, i_h, 0)
+        lowest_fwd = forward_anchored(
+            q, k, v, g_fwd, o, p_share, p_S_enter, i_enter, scale, start, end, T, K, V,
+            False, REV, C, BK, BV, ACC, DOT, LIMIT, STAGES,
+        )  # fmt: skip
+        lowest = tl.minimum(lowest, lowest_fwd)
     if lowest < BOUND:
         tl.debug_barrier()  # the fast path's last reads come before what is written over them
-        forward_halving(
-            q, k, v, g_fwd, g_rev, o, p_S_rev, p_S_enter, i_enter, scale, start, end, T, K, V, SEGMENTS,
-            FWD, REV, C, LEVELS, BK, BV, ACC, DOT, LIMIT,
-        )  # fmt: skip
+        if REV:
+            forward_halving(
+                q, k, v, g_rev, o, p_share, p_S_enter, i_enter + SEGMENTS, scale, start, end, T, K, V,
+                True, FWD, C, LEVELS, BK, BV, ACC, DOT, LIMIT,
+            )  # fmt: skip
+        tl.debug_barrier()
+        if FWD:
+            forward_halving(
+                q, k, v, g_fwd, o, p_share, p_S_enter, i_enter, scale, start, end, T, K, V,
+                False, REV, C, LEVELS, BK, BV, ACC, DOT, LIMIT,
+            )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter,
     scale, H, T, K, V, SEGMENT,
@@ -114,7 +139,7 @@ def _add_up(
     return S, decay
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def segment_kernel(
     x, y, g_fwd, g_rev, p_own, p_total, scale, H, T, K, V, SEGMENT,
     FWD: tl.constexpr, REV: tl.constexpr, OWN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -145,7 +170,7 @@ def segment_kernel(
             S, decay = _add_up(
                 x, y, g_rev, scale, start, end, T, K, V, not OWN, OWN, C, BK, BV, ACC, DOT, LIMIT, STAGES
             )
-    tl.store(state(p_own, i_own, BV, BK), S)
+    tl.store(scratch(p_own, i_own, BV, BK), S)
     row = tl.arange(0, ROWS)[:, None]
     tl.store(p_total + i_own * BK + tl.arange(0, BK)[None, :] + 0 * row, decay, mask=row == 0)
 
@@ -156,7 +181,7 @@ def _then(decay_1, S_1, decay_2, S_2):
     return decay_1 + decay_2, tl.exp2(decay_2) * S_1 + S_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
     p_own, p_total, p_enter, SEGMENTS,
     OWN: tl.constexpr, N: tl.constexpr, ROWS_AT_ONCE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,

@@ -14,11 +14,11 @@ from vig_ref.fused import kernels
 #: Tokens per chunk: the smallest tile that the tensor cores take. Less is forgotten, so that the fast path serves
 #: more gates, and a program needs fewer registers.
 CHUNK = 16
-#: The tiles that hold a state in registers, (columns BK, rows BV): warps of a program, and with bfloat16 of one of the
-#: backward pass or of `segment_kernel`. Not with tf32, whose products of 64 rows by four warps Triton 3.6 gets wrong.
-#: The first that is large enough is taken; a V larger than all is cut into blocks. The first two are the heads of
-#: ViG-H and ViG.
-TILES = {(16, 32): (1, 1), (32, 64): (2, 4), (128, 32): (4, 4)}
+#: The tiles that hold a state in registers, (columns BK, rows BV): warps of a program; with bfloat16 of one of the
+#: backward pass or of `segment_kernel` (not with tf32, whose products of 64 rows by four warps Triton 3.6 gets wrong);
+#: and without tensor cores. The first that is large enough is taken; a V larger than all is cut into blocks. The first
+#: two are the heads of ViG-H and ViG.
+TILES = {(16, 32): (1, 1, 4), (32, 64): (2, 4, 4), (128, 32): (4, 4, 8)}
 #: Registers of a thread: six programs of two warps then share a multiprocessor. Fewer spill; more leave room for four.
 REGISTERS = {(32, 64): 168}
 MAX_K = max(BK for BK, _ in TILES)
@@ -92,8 +92,8 @@ def _forward(
         with _device(q):
             _enter(k, v, g_fwd, g_rev, 1.0, S_enter, False, options)
             kernels.forward_kernel[_grid(v, options["BV"])](
-                *(_strided(x) for x in (q, k, v, g_fwd, g_rev, o)), _states(v, options), _or_none(S_enter), scale,
-                *_sizes(q, v), **options,
+                *(_strided(x) for x in (q, k, v, g_fwd, g_rev, o)), _or_none(_shares(v, options)), _or_none(S_enter),
+                scale, *_sizes(q, v), **options,
             )  # fmt: skip
     return o, S_enter
 
@@ -216,12 +216,21 @@ def _or_none(x: Tensor) -> Tensor | None:
 
 
 def _states(v: Tensor, options: dict) -> Tensor:
-    """Scratch memory for a state of every chunk, rounded as the products that read it round."""
+    """Scratch memory for a state of every chunk."""
+    return _scratch(v, options, options["BV"] * options["BK"])
+
+
+def _shares(v: Tensor, options: dict) -> Tensor:
+    """Scratch memory for the reverse scan's share of o, if there are both."""
+    return _scratch(v, options, options["C"] * options["BV"] * (options["FWD"] and options["REV"]))
+
+
+def _scratch(v: Tensor, options: dict, size: int) -> Tensor:
+    """`size` numbers for every chunk, rounded as the operands of products are."""
     BH, blocks, segments = _grid(v, options["BV"])
     chunks = segments * (_segment(v.shape[2]) // options["C"])
     wide = torch.promote_types(v.dtype, torch.float32)
-    dtype = torch.bfloat16 if options["DOT"] == "bf16" else wide
-    return v.new_empty(BH * blocks * chunks, options["BV"], options["BK"], dtype=dtype)
+    return v.new_empty(BH * blocks * chunks, size, dtype=torch.bfloat16 if options["DOT"] == "bf16" else wide)
 
 
 def _segment(T: int) -> int:
@@ -274,9 +283,15 @@ def constants(
         "ACC": kernels.tl.float64 if double else kernels.tl.float32, "DOT": dot, "LIMIT": 2000.0 if double else 300.0,
         "BOUND": BOUND_BACKWARD[dot] if backward else BOUND,
         "STAGES": STAGES if dot == "bf16" and tile[0] < MAX_K else 1,
-        "num_warps": TILES[tile][backward and dot == "bf16"], "num_stages": 1,
+        "num_warps": _warps(tile, dot, backward), "num_stages": 1,
         "maxnreg": None if backward else REGISTERS.get(tile),
     }  # fmt: skip
+
+
+def _warps(tile: tuple[int, int], dot: str, large: bool) -> int:
+    if dot == "ieee":
+        return TILES[tile][2]
+    return TILES[tile][large and dot == "bf16"]
 
 
 def segment_constants(options: dict, own: bool) -> dict:
@@ -285,7 +300,7 @@ def segment_constants(options: dict, own: bool) -> dict:
     kept = {name: options[name] for name in ("FWD", "REV", "BK", "BV", "ACC", "DOT", "LIMIT")}
     return kept | {
         "OWN": own, "C": 2 * CHUNK if long else CHUNK, "STAGES": STAGES if long else 1,
-        "num_warps": TILES[options["BK"], options["BV"]][long],
+        "num_warps": _warps((options["BK"], options["BV"]), options["DOT"], True),
     }  # fmt: skip
 
 
