@@ -278,23 +278,12 @@ check(reverse_in_chunks)
 # ## 5. One launch for both
 #
 # Equation 6 wants the mean of both scans: $o_t = \frac{\text{scale}}{2}\,(q_t \overrightarrow{S}_t + q_t
-# \overleftarrow{S}_t)$. The obvious way is two launches, `scan_kernel` and yours, the second adding to what the first
-# wrote. But q, k and v are then read twice, `o` is written twice and read once. In bytes, for one token and head of
-# ViG-T in bfloat16, with float32 gates:
-
-# %%
-K, V, half, full = 32, 64, 2, 4  # bytes of bfloat16 and float32
-one_scan = half * (2 * K + 2 * V) + full * K  # q, k, v, o; one gate
-print("two launches:", 2 * one_scan + half * V, "bytes; once each:", half * (2 * K + 2 * V) + 2 * full * K, "bytes")
-
-# %% [markdown]
-# Can one program do both? Token $t$ needs what lies left of it and what lies right of it, and a program meets chunks
-# one after the other. So it walks twice:
+# \overleftarrow{S}_t)$. Can one program do both? Token $t$ needs what lies left of it and what lies right of it, and a
+# program meets chunks one after the other. So it walks twice:
 #
-# 1. **right to left**: carry $\overleftarrow{S}$ and *write it to scratch memory for every chunk*;
-# 2. **left to right**: carry $\overrightarrow{S}$ in registers, read the chunk's $\overleftarrow{S}$ back, and with
-#    both at hand finish the chunk: one `A` for both directions, lower triangle from one scan, upper from the other,
-#    and one product $A v$.
+# 1. **right to left**: carry $\overleftarrow{S}$, and leave what this scan adds to o, the chunk's *share*, in scratch
+#    memory;
+# 2. **left to right**: carry $\overrightarrow{S}$, add the share, and write o.
 #
 # No program waits for another, or reads what another wrote. That is why one launch is enough. Inside a program, a
 # barrier between the sweeps makes what its threads wrote visible to all of them.
@@ -303,50 +292,28 @@ print("two launches:", 2 * one_scan + half * V, "bytes; once each:", half * (2 *
 ch03.sweeps()
 
 # %% [markdown]
-# *Both sweeps over four chunks. The backward pass has the same shape: the first sweep carries the reverse state and the
-# gradient of the forward one, which runs right to left too; the second one carries the other two.*
+# *Both sweeps over four chunks.*
 #
-# Here are the sweeps in the real kernel. First, right to left:
+# Here is a sweep in the real kernel. `REVERSE`, the direction, and `OTHER`, whether the other one is wanted too, are
+# compile-time constants: `gla`, one direction, is the same code without the scratch memory.
 
 # %%
-show(anchored.forward_anchored, "if REV:", "debug_barrier")
+show(anchored.forward_anchored, "for i in tl.range", "store_share")
 
 # %% [markdown]
-# `tl.range(..., num_stages=STAGES)` lets the compiler fetch the next chunks while this one is computed. `_advance` takes
-# the state on to this chunk; section 6 says to where. Then left to right, and out:
+# You know nearly every line. `tl.range(..., num_stages=STAGES)` lets the compiler fetch the next chunks while this one
+# is computed. (`b_vT` is $v$ once more, in the layout of the product that wants it transposed.) `_advance` takes the
+# state on to this chunk; section 6 says to where. The share goes through these two:
 
 # %%
-show(anchored.forward_anchored, "for n in tl.range(start, end", "store(o")
+for function in (blocks.other_share, blocks.store_share):
+    show(function)
 
 # %% [markdown]
-# You know nearly every line. `FWD` and `REV` are compile-time constants: `gla`, one direction, is the same kernel with
-# half of it left out. (`b_vT` is $v$ once more, in the layout of the product that wants it transposed.)
-#
-# ### What is in the scratch memory?
-#
-# One state a chunk, `[BV, BK]`. Not one a token: chapter 2's argument. And not in registers, of which a whole multiprocessor (SM) has 256
-# KiB, to be shared by several programs:
+# Let us look into the scratch memory. The launcher allocates it in `_shares`; we keep a reference, and call the operator.
 
 # %%
-states = triton.cdiv(196, launch.CHUNK)  # T = 196
-print(f"{states} states of [64, 32] in float32: {states * 64 * 32 * 4 / 1024:.0f} KiB")
-
-# %% [markdown]
-# Let us look into it. The launcher allocates it in `_states`; we keep a reference, call the operator, and compare with
-# the states of the loop.
-
-
-# %%
-def loop_states(k, v, g):
-    """S_rev[t] of one head by the recurrence.  [T, K, V]"""
-    S, states = torch.zeros(k.shape[1], v.shape[1], dtype=v.dtype), []
-    for t in reversed(range(len(k))):
-        S = g[t].exp()[:, None] * S + k[t, :, None] * v[t, None, :]
-        states.insert(0, S)
-    return torch.stack(states)
-
-
-kept, allocate = [], launch._states
+kept, allocate = [], launch._shares
 
 
 def keep(*args):
@@ -355,25 +322,44 @@ def keep(*args):
 
 
 y = tolerance.draw(B=1, H=1, T=40, K=8, V=12, regime="vig")
-with mock.patch.object(launch, "_states", keep):
+with mock.patch.object(launch, "_shares", keep):
     vig_ref.bidirectional_gla(*y[:5], backend="fused")
-scratch = kept[0].mT[:, :8, :12]  # held transposed and padded  [chunks, K, V]
 print("the launcher's scratch memory:", list(kept[0].shape), kept[0].dtype)
+share = kept[0].flatten(0, 1)[:40, :12]  # padded: chunks of 16 tokens, 32 columns  [T, V]
 
 # %% [markdown]
-# **Predict**: chunk 0 holds tokens 0 to 15. Which state would you expect in `scratch[0]`? The one that enters chunk 0
-# from the right is $\overleftarrow{S}_{16}$.
+# **Predict**: what should the share of a token be?
 
 # %%
-k0, v0, g0 = y.k[0, 0], y.v[0, 0], y.g_rev[0, 0]
-S_rev = loop_states(k0, v0, g0)  # [T, K, V]
-to_middle = g0[8:16].sum(0).exp()[:, None]  # the gates of the right half of chunk 0  [K, 1]
-for name, S in (("S_rev[16], at the edge", S_rev[16]), ("S_rev[16] faded to the middle", to_middle * S_rev[16])):
-    equal(f"scratch[0] = {name}", scratch[0], S)
+equal("the share = half of the reverse scan", share, vig_ref.gla(y.q, y.k, y.v, y.g_rev, reverse=True)[0, 0] / 2)
 
 # %% [markdown]
-# It is the state at the chunk's **middle**, from before the chunk's own tokens. Why there?
+# ### Or a state instead of a share?
 #
+# Both directions read the same q and k, so one could do the work of a chunk for both at once. The first sweep would leave
+# the reverse *state* of each chunk, and the second, with both states at hand, take one `A` for both directions (lower triangle
+# from one scan, upper from the other), and one product $A v$. Fewer products, and our kernel began like this. Count the
+# bytes that go through the scratch memory for a token of ViG-T, and what a program holds in registers:
+
+# %%
+K, V, half = 32, 64, 2  # ViG-T; bytes of bfloat16
+print("a share of o:", half * V, "bytes a token; a state a chunk:", half * K * V // launch.CHUNK, "bytes a token")
+
+# %% [markdown]
+# And two of everything, for the two directions, is more than the registers of a GPU's threads hold. The compiler then
+# *spills*: it moves values to memory and back. Ours were addresses, at the head of every load, and a third of the
+# time was waiting for them ([performance](../docs/performance.md#what-helped-and-what-did-not)).
+#
+# The backward pass has no choice: the gradients of a chunk want $S$ from one side and $dS$ from the other. Its first
+# sweep carries the reverse state and the gradient of the forward one, and leaves both for every chunk, `[BV, BK]`; the
+# second carries the other two. Not one state a token: chapter 2's argument. And not in registers, of which a whole
+# multiprocessor (SM) has 256 KiB, to be shared by several programs:
+
+# %%
+states = triton.cdiv(196, launch.CHUNK)  # T = 196
+print(f"{states} states of [64, 32] in float32: {states * 64 * 32 * 4 / 1024:.0f} KiB")
+
+# %% [markdown]
 # ## 6. The boundary in the middle
 #
 # Chapter 2 ended with a warning. Splitting $e^{b_i - b_j}$ into $e^{b_i} e^{-b_j}$ has one positive exponent, which
@@ -423,10 +409,11 @@ show(anchored._advance)
 # A moved boundary without a check only moves the gate at which a kernel fails. But `_advance` has just summed the gates
 # from one middle to the next, and keeps the smallest of these sums in `lowest` (for the far half of a sweep's last
 # chunk, which lies between no two middles, that is done after the loop). Every half of a chunk is part of one such sum,
-# so no exponent is larger in size. So the program *knows* when it has gone too far, and the kernel ends like this:
+# so no exponent is larger in size. So the program *knows* when it has gone too far, and the kernel, first the fast path for
+# both directions, ends like this:
 
 # %%
-show(kernels.forward_kernel, "lowest = forward_anchored")
+show(kernels.forward_kernel, "lowest = tl.zeros")
 print(f"BOUND = {launch.BOUND}")
 
 # %% [markdown]
@@ -475,7 +462,7 @@ z4.g_fwd[0, 2, 11, 5] = -inf
 with mock.patch.object(kernels, "forward_halving", wraps=kernels.forward_halving) as again:
     o = vig_ref.bidirectional_gla(*z4[:5], backend="fused")
 equal("with a reset, fused = chunked", o, vig_ref.bidirectional_gla(*z4[:5], backend="chunked"))
-print(f"programs: 4, of which {again.call_count} computed again")
+print(f"programs: 4, of which {again.call_count // 2} computed both directions again")
 
 # %% [markdown]
 # A check has to see *every* gate. So try a reset at each token, each in an image of its own, in both directions at
@@ -543,7 +530,7 @@ for backend in ("naive", "chunked", "fused"):
 # ## 9. Forward and backward, through the front door
 #
 # The backward pass of [chapter 4](04_gradients_by_hand.ipynb) is one launch too, and by the same argument. It needs both
-# states and the gradients of both; two of the four travel right to left, and two left to right, so the same two sweeps
+# states and the gradients of both; two of the four travel right to left, and two left to right, so two sweeps
 # do. The states of chunks are computed again rather than kept; those that enter segments are kept. Everything through the public function, against the oracle:
 
 # %%
@@ -589,13 +576,12 @@ print({f"{gate} bytes a gate": n for gate, n in floor_bytes.items()})
 
 # %% [markdown]
 # Now the FLOPs of the fast path, from the sources above. Per token and direction: it is written into the state, 2KV, and
-# reads it, 2KV; its row of scores is 2CK. A sum of gates is two products of bfloat16 (`sums` cuts them into a high and a
-# low half), 2 · 2CK; there are seven, $M g$ three times (the reverse scan wants it in both sweeps) and two halves in each
-# `_advance`. $A v$ is shared: 2CV.
+# reads it, 2KV; its row of scores is 2CK, and $A v$ 2CV. A sum of gates is two products of bfloat16 (`sums` cuts them
+# into a high and a low half), 2 · 2CK; there are three, $M g$ and two halves, in `_advance` and `_behind`.
 
 # %%
 state, scores, sums_, values = 2 * K * V + 2 * K * V, 2 * C * K, 2 * 2 * C * K, 2 * C * V
-flops = 2 * (state + scores) + 7 * sums_ + values
+flops = 2 * (state + scores + 3 * sums_ + values)
 print(f"{flops} FLOPs; per byte:", {f"{gate} bytes a gate": round(flops / n) for gate, n in floor_bytes.items()})
 
 # %% [markdown]
@@ -628,14 +614,14 @@ print(f"state in memory: {factor:.0f} times the bytes, {tokens * loop_bytes / CO
 # %% [markdown]
 # ### Predict
 #
-# The floor counts each byte once. Our kernel reads k, v and one gate in both sweeps, and writes and reads a state a
-# chunk, in bfloat16. If the second reading always finds the data in the L2 cache, only the floor counts; if it never
+# The floor counts each byte once. Our kernel reads q, k and v in both sweeps, and writes and reads the share of o, in
+# bfloat16. If the second reading always finds the data in the L2 cache, only the floor counts; if it never
 # does, all of it. So the prediction is a range, for float32 gates (`vig-ref bench traffic` counts the same, for all
 # layers and for the backward pass):
 
 # %%
-again = 2 * K + 2 * V + 4 * K  # k, v, g_rev in the first sweep
-scratch_bytes = 2 * 2 * K * V // C  # a state a chunk, bfloat16, written and read
+again = 2 * (2 * K + V)  # q, k, v in the other sweep
+scratch_bytes = 2 * 2 * V  # a share, bfloat16, written and read
 most_bytes = floor_bytes[4] + again + scratch_bytes
 print("as the library counts:", most_bytes == traffic.fused(K, V, T=196)["forward"])
 low, high = (tokens * n / COPY * 1e6 for n in (floor_bytes[4], most_bytes))
@@ -674,10 +660,9 @@ ch03.record(record, low, high)
 # 256; the other T's have larger images and smaller batches, `b1` a batch of one. H-T s1 is the first stage of
 # ViG-H-T.*
 #
-# Was the sentence right? At T224 the table has 0.089 ms, or 89 µs, and the prediction ended at 52. So bytes are not
-# what limits the kernel. What does, the GPU's own counters say, on the page
-# [performance](../docs/performance.md#what-limits-it-now): nearly all bytes of the upper count do go to memory, and
-# besides too few warps fit on a multiprocessor to hide the waiting.
+# Was the sentence right? At T224 the table has 0.056 ms, or 56 µs, and the prediction ended at 40. So bytes are most of
+# it, and not all. What else there is, the GPU's own counters say, on the page
+# [performance](../docs/performance.md#what-limits-it-now): too few warps fit on a multiprocessor to hide the waiting.
 #
 # How to read it, here and on your own GPU:
 #
@@ -707,9 +692,8 @@ ch03.record(record, low, high)
 #
 # - A program asks who it is, computes addresses, loads a block under a mask, computes, stores.
 # - Sums of gates are a product with a 0/1 matrix, $E = e^{M g}$; scores stay in registers, the state too.
-# - Two sweeps in one program: the first leaves a reverse state for each chunk, the second carries the forward state,
-#   and finishes each chunk for both directions. No program waits for another, so one launch is enough, forward and
-#   backward. Long sequences are cut into segments and need three.
+# - Two sweeps in one program: the reverse scan leaves its share of o for each chunk, the forward scan adds its own.
+#   No program waits for another, so one launch is enough, forward and backward. Long sequences are cut into segments and need three.
 # - The fast path puts the boundary into the middle of a chunk, and looks at what the chunks forget; where that is too
 #   much, the program computes again by halving. Every gate from 0 to −∞ is right.
 # - Count bytes and FLOPs before you measure. Here bytes set the floor, and the difference to it is what a measurement is

@@ -270,11 +270,11 @@ def quartiles(found: list[float]) -> list[float]:
     return statistics.quantiles(found, n=4, method="inclusive")
 
 
-def row(shape: Shape, impl: str, which: str, ms: list[float], mib: float | None, counted: int | None = None) -> Row:
-    """`ms` are quartiles, ascending. `counted` are the bytes that `vig_ref.traffic` expects to be asked for."""
+def row(shape: Shape, impl: str, which: str, ms: list[float], mib: float | None) -> Row:
+    """`ms` are quartiles, ascending."""
     low, middle, high = (float(f"{x:.4g}") for x in ms)
     found = {"shape": shape.name, "impl": impl, "pass": which, "ms": middle, "ms_low": low, "ms_high": high, "mib": mib}
-    return found | ({} if counted is None else {"bytes": counted}) | dict(zip("BHTKV", shape[1:], strict=True))
+    return found | dict(zip("BHTKV", shape[1:], strict=True))
 
 
 def measured(shape: Shape, impl: Impl, device: str) -> list[Row]:
@@ -282,20 +282,18 @@ def measured(shape: Shape, impl: Impl, device: str) -> list[Row]:
     shaped = shape._replace(K=shape.V) if impl.name == "sdpa" else shape
     bytes_a_set = traffic.BF16 * shape.tokens * (shaped.K + shaped.V) * 2
     sets = inputs(shaped, device, min(math.ceil(ROTATED / bytes_a_set), CALLS["cuda"][1]) if device == "cuda" else 1)
-    counted = traffic.fused(shape.K, shape.V, shape.T) if impl.name == "fused" else {}
     rows = []
     for which in PASSES:
         function = call(impl, which != "forward", shaped.K**-0.5)
         ms = quartiles(times(function, sets, device))
-        expected = shape.tokens * counted[which] if counted else None
-        rows.append(row(shape, impl.name, which, ms, mebibytes(function, sets[0], device), expected))
+        rows.append(row(shape, impl.name, which, ms, mebibytes(function, sets[0], device)))
     return rows
 
 
 def floor(shape: Shape, speed: list[float]) -> list[Row]:
     """Every input and result once, at the speed of the copy."""
     count = {which: shape.tokens * n for which, n in traffic.floor(shape.K, shape.V).items()}
-    return [row(shape, "floor", p, sorted(count[p] / b for b in speed), None, count[p]) for p in PASSES]
+    return [row(shape, "floor", p, sorted(count[p] / b for b in speed), None) for p in PASSES]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

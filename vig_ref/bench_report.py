@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
+from vig_ref import traffic
 from vig_ref.demo import BLUE, ORANGE, new_figure
 from vig_ref.traffic import PASSES
 
@@ -97,7 +98,10 @@ def median(impl: str, rows: dict[str, Row]) -> str:
 
 def counted(copy_gb_per_s: float, rows: dict[str, Row]) -> str:
     """Milliseconds that the bytes would take for which the fused layer asks, had none of them been in a cache."""
-    return number(rows["fused"]["bytes"] / copy_gb_per_s / 1e6) if "fused" in rows else ""
+    if "fused" not in rows:
+        return ""
+    B, H, T, K, V, which = (rows["fused"][name] for name in (*"BHTKV", "pass"))
+    return number(B * H * T * traffic.fused(K, V, T)[which] / copy_gb_per_s / 1e6)
 
 
 def memory(impl: str, rows: dict[str, Row]) -> str:

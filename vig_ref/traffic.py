@@ -35,9 +35,10 @@ def fused(K: int, V: int, T: int) -> dict[str, int]:
     """Bytes a token and head that the kernels of `vig_ref/fused` ask for, by pass."""
     from vig_ref.fused.launch import CHUNK, SEGMENT  # imported when it is used, as by vig_ref.ops
 
-    state = 2 * K * V * BF16 // CHUNK  # a state of every chunk: written in the first sweep, read in the second
+    share = 2 * V * BF16  # the reverse scan's share of o: written in the first sweep, read in the second
+    state = 2 * K * V * BF16 // CHUNK  # a state of every chunk: likewise
     scan = (K + V) * BF16 + K * FP32  # what moves a state: k and v (or q and do), and the gate of the direction
-    forward = floor(K, V)["forward"] + scan + state
+    forward = floor(K, V)["forward"] + (2 * K + V) * BF16 + share  # q, k and v by both scans
     backward = floor(K, V)["forward+backward"] - floor(K, V)["forward"] + 2 * scan + 2 * state
     if T > SEGMENT:  # each state is scanned once more; a segment's own and the one that enters, written and read
         segment = 2 * (scan + 4 * K * V * FP32 // SEGMENT)

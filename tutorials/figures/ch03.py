@@ -33,7 +33,7 @@ def sweeps(N: int = 4) -> Figure:
     ax = figure.subplots()
     rows = (
         (4.2, REV, "1. right to left", "S_rev  [V, K]\nin registers"),
-        (2.35, "#e9e2f2", "scratch memory", "S_rev[{n}]\n[V, K]"),
+        (2.35, "#e9e2f2", "scratch memory", "share of o\n[C, V]"),
         (0.5, FWD, "2. left to right", "S_fwd  [V, K]\nin registers"),
     )
     arrow = {"arrowstyle": "-|>", "linewidth": 1.5}
@@ -49,10 +49,10 @@ def sweeps(N: int = 4) -> Figure:
         x = 2.3 * n
         ax.annotate("", (x + 0.5, 3.32), (x + 0.5, 4.2), arrowprops=arrow | {"color": REV})
         ax.annotate("", (x + 0.5, 1.47), (x + 0.5, 2.35), arrowprops=arrow | {"color": BOTH})
-        ax.text(x + 1.1, 5.32, f"k, v, g_rev\nof chunk {n}", ha="center", fontsize=8, color=MUTED)
+        ax.text(x + 1.1, 5.32, f"q, k, v, g_rev\nof chunk {n}", ha="center", fontsize=8, color=MUTED)
         ax.text(x + 0.85, -0.45, f"o of chunk {n}\n[C, V]", ha="center", va="top", fontsize=9)
         ax.annotate("", (x + 0.85, -0.4), (x + 0.85, 0.5), arrowprops=arrow | {"color": INK})
-        ax.text(x + 0.7, 1.87, "q, k, v\ng_fwd, g_rev", fontsize=8, color=MUTED, va="center")
+        ax.text(x + 0.7, 1.87, "q, k, v,\ng_fwd", fontsize=8, color=MUTED, va="center")
         if n < N - 1:
             ax.annotate("", (x + 1.7, 4.67), (x + 2.3, 4.67), arrowprops=arrow | {"color": REV})
             ax.annotate("", (x + 2.3, 0.97), (x + 1.7, 0.97), arrowprops=arrow | {"color": FWD})

@@ -217,20 +217,20 @@ def _or_none(x: Tensor) -> Tensor | None:
 
 def _states(v: Tensor, options: dict) -> Tensor:
     """Scratch memory for a state of every chunk."""
-    return _scratch(v, options, options["BV"] * options["BK"])
+    return _scratch(v, options, options["BV"], options["BK"])
 
 
 def _shares(v: Tensor, options: dict) -> Tensor:
-    """Scratch memory for the reverse scan's share of o, if there are both."""
-    return _scratch(v, options, options["C"] * options["BV"] * (options["FWD"] and options["REV"]))
+    """Scratch memory for the reverse scan's share of o, if there are both scans."""
+    return _scratch(v, options, options["C"] * (options["FWD"] and options["REV"]), options["BV"])
 
 
-def _scratch(v: Tensor, options: dict, size: int) -> Tensor:
-    """`size` numbers for every chunk, rounded as the operands of products are."""
+def _scratch(v: Tensor, options: dict, rows: int, cols: int) -> Tensor:
+    """A block for every chunk, rounded as the operands of products are."""
     BH, blocks, segments = _grid(v, options["BV"])
     chunks = segments * (_segment(v.shape[2]) // options["C"])
     wide = torch.promote_types(v.dtype, torch.float32)
-    return v.new_empty(BH * blocks * chunks, size, dtype=torch.bfloat16 if options["DOT"] == "bf16" else wide)
+    return v.new_empty(BH * blocks * chunks, rows, cols, dtype=torch.bfloat16 if options["DOT"] == "bf16" else wide)
 
 
 def _segment(T: int) -> int:
