@@ -350,7 +350,7 @@ print("a share of o:", half * V, "bytes a token; a state a chunk:", half * K * V
 # *spills*: it moves values to memory and back. Ours were addresses, at the head of every load, and a third of the
 # time was waiting for them ([performance](../docs/performance.md#what-helped-and-what-did-not)).
 #
-# The backward pass has no choice: the gradients of a chunk want $S$ from one side and $dS$ from the other. Its first
+# In the backward pass a share would not do: the gradients of a chunk want $S$ from one side and $dS$ from the other. Its first
 # sweep carries the reverse state and the gradient of the forward one, and leaves both for every chunk, `[BV, BK]`; the
 # second carries the other two. Not one state a token: chapter 2's argument. And not in registers, of which a whole
 # multiprocessor (SM) has 256 KiB, to be shared by several programs:

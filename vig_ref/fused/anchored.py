@@ -75,8 +75,9 @@ def _advance(S, before, lowest, g, LEFT: tl.constexpr, BV: tl.constexpr, BK: tl.
 def _behind(g, LEFT: tl.constexpr, DOT: tl.constexpr):
     """The gates of the half that the scan meets last, `[ROWS, BK]`: equal rows.
 
-    Call it as the last product of a loop: Triton distributes all of them over the warps as the last one wants it, and
-    this one wants each warp to keep its own columns of K, from the gates to the state.
+    Call it after the state's product: Triton distributes all products of a loop over the warps as the last one wants
+    it. This one wants each warp to keep its own columns, from the gates to the state; with the state's own wish, rows,
+    every warp would add up all gates.
     """
     return sums(_half(LEFT, g.shape[0]), g, DOT)
 
