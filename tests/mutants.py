@@ -195,7 +195,7 @@ MUTANTS = [
     Mutant("anchored: the largest exponent is looked at", ANCHORED, "BV, BK), tl.minimum(lowest, between)", "BV, BK), tl.maximum(lowest, between)"),
     Mutant("anchored: the far half is not looked at", ANCHORED, "BV, BK), tl.minimum(lowest, between)", "BV, BK), tl.minimum(lowest, between - before)"),
     Mutant("anchored: the near half is not looked at", ANCHORED, "BV, BK), tl.minimum(lowest, between)", "BV, BK), tl.minimum(lowest, before)"),
-    Mutant("anchored: the first half chunk is not looked at in the backward pass", ANCHORED, "    lowest = tl.minimum(lowest, tl.minimum(S_before, dS_before))\n    tl.debug_barrier()", "    tl.debug_barrier()"),
+    Mutant("anchored: the first half chunk is not looked at in the backward pass", ANCHORED, "    lowest = tl.minimum(lowest, tl.minimum(S_before, dS_before))\n    tl.debug_barrier()", "    tl.debug_barrier()", "the second sweep begins with that half, and looks at the same gates"),
     Mutant("anchored: the last half chunk is not looked at", ANCHORED, "return tl.min(tl.minimum(lowest, before))", "return tl.min(lowest)"),
     Mutant("anchored: reverse, a token does not read itself", ANCHORED, "return i <= j if REVERSE else i >= j", "return i < j if REVERSE else i >= j"),
     Mutant("anchored: forward, a token does not read itself", ANCHORED, "return i <= j if REVERSE else i >= j", "return i <= j if REVERSE else i > j"),

@@ -160,6 +160,18 @@ def test_a_sequence_is_cut_into_few_segments(T):
     assert tokens <= max(launch.SEGMENT, 2 * -(-T // launch.MAX_SEGMENTS) + C)
 
 
+def test_every_chunk_leaves_its_share_of_o_in_a_place_of_its_own(monkeypatch, segments_of):
+    """On a GPU programs run at the same time; here, one after the other, two could share a place unnoticed."""
+    segments_of(32)
+    kept, allocate = [], launch._shares
+    monkeypatch.setattr(launch, "_shares", lambda *arguments: kept.append(allocate(*arguments)) or kept[-1])
+    x = Inputs(*(t.to(FUSED_DEVICE, torch.float32) for t in gentle(70, 5, 7, seed=0)))
+    bidirectional_gla(*x[:5], scale=0.5, backend="fused")
+    B, H, T, V = x.v.shape
+    shares = kept[0].unflatten(0, (B, H, -1)).flatten(2, 3)[:, :, :T, :V]
+    assert torch.equal(shares, gla(x.q, x.k, x.v, x.g_rev, reverse=True, scale=0.25, backend="naive"))
+
+
 # --- paths -----------------------------------------------------------------------------------------------------------
 
 
