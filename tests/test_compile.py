@@ -44,7 +44,7 @@ def launches(dtype: str, dot: str) -> list[Launch]:
     half = [launch._replace(gates=dtype) for launch in one if dtype != "fp32"]
     ways = [dict(sm=80)]
     if dot == "bf16":
-        ways += [dict(directions=FWD), dict(directions=REV), dict(segments=True, strided=True)]
+        ways += [dict(directions=FWD), dict(directions=REV), dict(segments=True), dict(strided=True)]
         one += [Launch("backward_kernel", parts=True), Launch("segment_kernel"), Launch("combine_kernel")]
     return [*half, *one, segment, *(launch._replace(**way) for launch in (one[0], one[1], segment) for way in ways)]
 

@@ -1,6 +1,6 @@
 """The kernels: a program takes one (batch, head), or a segment of a long one, and walks its chunks.
 
-Forward, one direction after the other, since a program that holds one state is twice as fast with each:
+Forward, one direction after the other: two states and all that belongs to them would not fit in registers.
 
     right to left     carries S_rev; leaves its share of o in scratch memory
     left to right     carries S_fwd; adds the other share, and writes o
