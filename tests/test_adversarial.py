@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -188,6 +189,18 @@ def test_14_offset_beyond_32_bits(dim, tmp_path):
     judge("fused", x._replace(q=far), scale=1)
 
 
+def test_14_results_are_asked_too_how_far_they_lie():
+    """An input may lie closer together than its gradient: a constant one, expanded, has strides of 0."""
+    x = on("fused", 1, 2, 3, 4, 5)
+    inputs = [t.clone().requires_grad_() for t in x[:5]]
+    with mock.patch.object(launch, "_far", wraps=launch._far) as far:
+        o = bidirectional_gla(*inputs, backend="fused")
+        grads = torch.autograd.grad(o, inputs, x.do)
+    forward, backward = ([t.data_ptr() for t in call.args] for call in far.call_args_list)
+    assert o.data_ptr() in forward
+    assert {t.data_ptr() for t in (x.do, *grads)} <= set(backward)
+
+
 def test_15_more_sequences_than_the_second_grid_axis_holds():
     """The first axis of a CUDA grid holds 2^31 - 1 programs, the others 65535: sequences belong on the first."""
     v = torch.empty(70_000, 2, 1, 16, device="meta")
@@ -262,8 +275,8 @@ def test_22_tf32_only_when_asked_for(monkeypatch, setting):
     try:
         default = inspect.signature(fused.bidirectional_gla).parameters["precision"].default
         x = on("fused", 1, 1, 2, 3, 4)
-        assert launch._options(x.q, x.v, x.g_fwd, x.g_rev, default, backward=False)["DOT"] == "ieee"
-        assert launch._options(x.q, x.v, x.g_fwd, x.g_rev, "tf32", backward=True)["DOT"] == "tf32"
+        assert launch._options(x.q, x.v, x.g_fwd, x.g_rev, default, backward=False, far=False)["DOT"] == "ieee"
+        assert launch._options(x.q, x.v, x.g_fwd, x.g_rev, "tf32", backward=True, far=False)["DOT"] == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
 

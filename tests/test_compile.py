@@ -32,7 +32,7 @@ class Launch(NamedTuple):
     directions: tuple[bool, bool] = BOTH
     sm: int = 90
     segments: bool = False  # T beyond one segment: states enter, and two more kernels run
-    strided: bool = False  # features apart from each other, and strides beyond 32 bits
+    strided: bool = False  # features apart from each other, and offsets beyond 32 bits
     parts: bool = False  # V in several blocks: dq, dk and dg of each in float32
     own: bool = False  # of the kernels for segments: the gradients of the states, not the states
 
@@ -79,7 +79,8 @@ def compile_all(tile, dtype, dot, wanted):
     compiled = []
     for kind in (Launch(*each) for each in wanted):
         kernel = getattr(kernels, kind.kernel)
-        options = launch.constants(tuple(tile), dot, *kind.directions, backward=kind.kernel == "backward_kernel")
+        backward = kind.kernel == "backward_kernel"
+        options = launch.constants(tuple(tile), dot, *kind.directions, backward=backward, far=kind.strided)
         if kind.kernel == "segment_kernel":
             options = launch.segment_constants(options, kind.own)
         if kind.kernel == "combine_kernel":

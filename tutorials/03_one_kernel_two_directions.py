@@ -122,7 +122,8 @@ for function in (blocks.tile, blocks.load):
 
 # %% [markdown]
 # `x` is a tuple of pointer and strides: views and transposed tensors are read where they lie, nothing is copied.
-# `int64`, since an offset may exceed $2^{31}$. BK is K rounded up to a power of two; columns beyond K are masked too.
+# `i_t` is a 64-bit integer where an offset inside the sequence may exceed $2^{31}$, and all offsets with it; where none
+# can, 32 bits do, for fewer instructions. BK is K rounded up to a power of two; columns beyond K are masked too.
 #
 # ## 2. Sums of gates, by a matrix product
 #
@@ -400,8 +401,8 @@ check(middle_matrix)
 # of another:
 
 # %%
-show(anchored._middle)
-show(anchored._advance)
+for function in (anchored._middle, anchored._halves, anchored._advance):
+    show(function)
 
 # %% [markdown]
 # ## 7. For every gate: look, and compute again
@@ -577,11 +578,11 @@ print({f"{gate} bytes a gate": n for gate, n in floor_bytes.items()})
 # %% [markdown]
 # Now the FLOPs of the fast path, from the sources above. Per token and direction: it is written into the state, 2KV, and
 # reads it, 2KV; its row of scores is 2CK, and $A v$ 2CV. A sum of gates is two products of bfloat16 (`sums` cuts them
-# into a high and a low half), 2 · 2CK; there are three, $M g$ and two halves, in `_advance` and `_behind`.
+# into a high and a low half), 2 · 2CK; there are two, $M g$ and, in `_advance`, both halves at once.
 
 # %%
 state, scores, sums_, values = 2 * K * V + 2 * K * V, 2 * C * K, 2 * 2 * C * K, 2 * C * V
-flops = 2 * (state + scores + 3 * sums_ + values)
+flops = 2 * (state + scores + 2 * sums_ + values)
 print(f"{flops} FLOPs; per byte:", {f"{gate} bytes a gate": round(flops / n) for gate, n in floor_bytes.items()})
 
 # %% [markdown]

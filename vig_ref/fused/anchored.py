@@ -54,32 +54,25 @@ def _middle(C: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _half(LEFT: tl.constexpr, C: tl.constexpr):
-    """`[ROWS, C]`: equal rows, 1 for the tokens of the left (or right) half."""
-    t = tl.arange(0, C)[None, :] + 0 * tl.arange(0, ROWS)[:, None]
-    return t < C // 2 if LEFT else t >= C // 2
+def _halves(C: tl.constexpr, LEFT: tl.constexpr):
+    """`[ROWS, C]`: 1 for the tokens of the half that the scan meets first; in the lower rows, of the other half."""
+    row = tl.arange(0, ROWS)[:, None]
+    t = tl.arange(0, C)[None, :]
+    return ((t < C // 2) != LEFT) != (row >= ROWS // 2)
 
 
 @triton.jit
 def _advance(S, before, lowest, g, LEFT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
     """A state from the last middle to this chunk's. LEFT: the scan goes to the left.
 
-    before `[ROWS, BK]` is what the last chunk left to be forgotten, its far half; see `_behind`.
-    lowest `[ROWS, BK]` collects the smallest exponents; the far half of the last chunk of all is left to the caller.
+    before `[ROWS / 2, BK]`, equal rows, is what the last chunk left to be forgotten: the gates of the half that the
+    scan met last. Returns this chunk's for the next.
+    lowest `[ROWS / 2, BK]` collects the smallest exponents; what the last chunk of all leaves, the caller looks at.
     """
-    between = before + sums(_half(not LEFT, g.shape[0]), g, DOT)
-    return scale_columns(S, exp2(between, DOT), BV, BK), tl.minimum(lowest, between)
-
-
-@triton.jit
-def _behind(g, LEFT: tl.constexpr, DOT: tl.constexpr):
-    """The gates of the half that the scan meets last, `[ROWS, BK]`: equal rows.
-
-    Call it after the state's product: Triton distributes all products of a loop over the warps as the last one wants
-    it. This one wants each warp to keep its own columns, from the gates to the state; with the state's own wish, rows,
-    every warp would add up all gates.
-    """
-    return sums(_half(LEFT, g.shape[0]), g, DOT)
+    both = tl.reshape(sums(_halves(g.shape[0], LEFT), g, DOT), (2, ROWS // 2, BK))
+    first, last = tl.split(tl.permute(both, (1, 2, 0)))
+    between = before + first
+    return scale_columns(S, exp2(between, DOT), BV, BK), tl.minimum(lowest, between), last
 
 
 @triton.jit
@@ -97,7 +90,7 @@ def forward_anchored(
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One direction of the chunks `start .. end` of one sequence. Returns the smallest exponent met."""
-    before = tl.zeros((ROWS, BK), ACC)
+    before = tl.zeros((ROWS // 2, BK), ACC)
     lowest = before
     S = entering(p_S_enter, i_enter, BV, BK, ACC)
     for i in tl.range(end - start, num_stages=STAGES):
@@ -107,14 +100,13 @@ def forward_anchored(
         b_v = load(v, n * C, T, V, C, BV)
         b_vT = load(v, n * C, T, V, C, BV, TRANSPOSED=True)  # one load in two layouts could not be fetched ahead
         b_g = load_gate(g, n * C, T, K, C, BK, ACC, LIMIT)
-        S, lowest = _advance(S, before, lowest, b_g, REVERSE, BV, BK, DOT)
+        S, lowest, before = _advance(S, before, lowest, b_g, REVERSE, BV, BK, DOT)
         b = sums(_middle(C, REVERSE), b_g, DOT)
         b_qE = b_q.to(ACC) * (exp2(b, DOT) * scale)
         b_kE = b_k.to(ACC) * exp2(-b, DOT)
         A = tl.where(_reads(C, REVERSE), dot(b_qE, tl.trans(b_kE), tl.zeros((C, C), ACC), DOT), 0.0)
         b_o = dot(b_qE, tl.trans(S), other_share(p_share, n - start, REVERSE, OTHER, C, BV, ACC), DOT)
         S = dot(b_vT, b_kE, S, DOT)
-        before = _behind(b_g, REVERSE, DOT)
         b_o = dot(A, b_v, b_o, DOT)
         store_share(o, p_share, n - start, b_o, n * C, T, V, REVERSE, OTHER, C, BV)
     return tl.min(tl.minimum(lowest, before))
@@ -163,8 +155,7 @@ def backward_anchored(
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gradients of the chunks `start .. end` of one sequence. Returns the smallest exponent met."""
-    none = tl.zeros((ROWS, BK), ACC)
-    lowest = none
+    none = tl.zeros((ROWS // 2, BK), ACC)
     S_rev = entering(p_S_enter, i_enter + SEGMENTS, BV, BK, ACC)
     dS_fwd = entering(p_dS_enter, i_enter, BV, BK, ACC)
     S_before = none
@@ -173,28 +164,27 @@ def backward_anchored(
         n = end - 1 - i
         if REV:
             b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
-            S_rev, lowest = _advance(S_rev, S_before, lowest, b_g, True, BV, BK, DOT)
+            S_rev, _, S_before = _advance(S_rev, S_before, none, b_g, True, BV, BK, DOT)
             p_middle = scratch(p_S_rev, n - start, BV, BK)
             tl.store(p_middle, S_rev.to(p_middle.dtype.element_ty))
             b_kE = load(k, n * C, T, K, C, BK).to(ACC) * exp2(-sums(_middle(C, True), b_g, DOT), DOT)
             S_rev = dot(load(v, n * C, T, V, C, BV, TRANSPOSED=True), b_kE, S_rev, DOT)
-            S_before = _behind(b_g, True, DOT)
         if FWD:
             b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
-            dS_fwd, lowest = _advance(dS_fwd, dS_before, lowest, b_g, True, BV, BK, DOT)
+            dS_fwd, _, dS_before = _advance(dS_fwd, dS_before, none, b_g, True, BV, BK, DOT)
             p_middle = scratch(p_dS_fwd, n - start, BV, BK)
             tl.store(p_middle, dS_fwd.to(p_middle.dtype.element_ty))
             b_qE = load(q, n * C, T, K, C, BK).to(ACC) * (exp2(sums(_middle(C, False), b_g, DOT), DOT) * scale)
             dS_fwd = dot(load(do, n * C, T, V, C, BV, TRANSPOSED=True), b_qE, dS_fwd, DOT)
-            dS_before = _behind(b_g, True, DOT)
-    lowest = tl.minimum(lowest, tl.minimum(S_before, dS_before))
     tl.debug_barrier()  # what some threads of the program wrote, others read below
     S_fwd = entering(p_S_enter, i_enter, BV, BK, ACC)
     dS_rev = entering(p_dS_enter, i_enter + SEGMENTS, BV, BK, ACC)
     S_before = none
     dS_before = none
-    i = tl.arange(0, C)[:, None]
-    for n in tl.range(start, end, num_stages=STAGES):
+    lowest = none  # of this sweep: the other one met sums of the same gates
+    token = tl.arange(0, C)[:, None]
+    for i in tl.range(end - start, num_stages=STAGES):
+        n = start + i
         b_q = load(q, n * C, T, K, C, BK)
         b_k = load(k, n * C, T, K, C, BK)
         b_v = load(v, n * C, T, V, C, BV)
@@ -207,31 +197,29 @@ def backward_anchored(
         if REV:
             b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
             b_S = tl.load(scratch(p_S_rev, n - start, BV, BK))
-            dS_rev, lowest = _advance(dS_rev, dS_before, lowest, b_g, False, BV, BK, DOT)
+            dS_rev, lowest, dS_before = _advance(dS_rev, dS_before, lowest, b_g, False, BV, BK, DOT)
             part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
                 b_q, b_k, b_v, b_do, b_dv, dA, b_g, b_S, dS_rev.to(b_S.dtype), tl.sum(b_S.to(ACC) * dS_rev, 0), scale,
                 True, C, ACC, DOT,
             )  # fmt: skip
             dS_rev = dot(tl.trans(b_do), b_qE, dS_rev, DOT)
-            dS_before = _behind(b_g, False, DOT)
             b_dq += part_dq
             b_dk += part_dk
             A += part_A
-            store(dg_rev, tl.where(n * C + i == T - 1, 0.0, b_dg), n * C, T, K, C, BK)  # it has nothing to forget
+            store(dg_rev, tl.where(n * C + token == T - 1, 0.0, b_dg), n * C, T, K, C, BK)  # it has nothing to forget
         if FWD:
             b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
             b_dS = tl.load(scratch(p_dS_fwd, n - start, BV, BK))
-            S_fwd, lowest = _advance(S_fwd, S_before, lowest, b_g, False, BV, BK, DOT)
+            S_fwd, lowest, S_before = _advance(S_fwd, S_before, lowest, b_g, False, BV, BK, DOT)
             part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
                 b_q, b_k, b_v, b_do, b_dv, dA, b_g, S_fwd.to(b_dS.dtype), b_dS, tl.sum(S_fwd * b_dS.to(ACC), 0), scale,
                 False, C, ACC, DOT,
             )  # fmt: skip
             S_fwd = dot(tl.trans(b_v), b_k.to(ACC) * exp2(-sums(_middle(C, False), b_g, DOT), DOT), S_fwd, DOT)
-            S_before = _behind(b_g, False, DOT)
             b_dq += part_dq
             b_dk += part_dk
             A += part_A
-            store(dg_fwd, tl.where(n * C + i == 0, 0.0, b_dg), n * C, T, K, C, BK)
+            store(dg_fwd, tl.where(n * C + token == 0, 0.0, b_dg), n * C, T, K, C, BK)
         store(dq, b_dq, n * C, T, K, C, BK)
         store(dk, b_dk, n * C, T, K, C, BK)
         b_dv = dot(tl.trans(A), b_do, b_dv, DOT)

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 LOG2E = tl.constexpr(1.4426950408889634)
-#: Rows of the smallest matrix product; also the copies that `scale_columns` wants of its factors.
+#: Rows of the smallest matrix product.
 ROWS = tl.constexpr(16)
 
 
@@ -27,11 +27,11 @@ def sequence(x, i_b, i_h, i_d):
 
 @triton.jit
 def tile(x, i_t, T, D, C: tl.constexpr, BD: tl.constexpr):
-    """Addresses `[C, BD]` of the tokens from i_t on, and the mask of those that exist."""
+    """Addresses `[C, BD]` of the tokens from i_t on, and the mask of those that exist. Offsets have the type of i_t."""
     pointer, stride_t, stride_d = x
     rows = i_t + tl.arange(0, C)
     cols = tl.arange(0, BD)
-    offsets = rows.to(tl.int64)[:, None] * stride_t + cols.to(tl.int64)[None, :] * stride_d
+    offsets = rows[:, None] * stride_t + cols.to(rows.dtype)[None, :] * stride_d
     return pointer + offsets, (rows < T)[:, None] & (cols < D)[None, :]
 
 
@@ -149,8 +149,9 @@ def exp2(x, DOT: tl.constexpr):
 
 @triton.jit
 def scale_columns(S, factor, BV: tl.constexpr, BK: tl.constexpr):
-    """S * factor, factor `[ROWS, BK]` being ROWS equal rows: as results of the tensor cores the two lie alike."""
-    return tl.reshape(tl.reshape(S, (BV // ROWS, ROWS, BK)) * factor[None, :, :], (BV, BK))
+    """S * factor, factor `[R, BK]` being R equal rows, 8 or 16: as results of the tensor cores the two lie alike."""
+    R: tl.constexpr = factor.shape[0]
+    return tl.reshape(tl.reshape(S, (BV // R, R, BK)) * factor[None, :, :], (BV, BK))
 
 
 @triton.jit

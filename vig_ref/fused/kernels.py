@@ -36,10 +36,14 @@ SIZES = ["H", "T", "SEGMENT", "SEGMENTS"]
 def forward_kernel(
     q, k, v, g_fwd, g_rev, o, p_share, p_S_enter, scale, H, T, K, V, SEGMENT,
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr, STAGES: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """o = scale * (sum over the directions of q S).  FWD, REV: which directions there are."""
-    i_bh, i_v, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    """o = scale * (sum over the directions of q S).  FWD, REV: which directions there are.
+
+    INDEX: the integers of tokens, and so of all offsets inside a sequence.
+    """
+    i_bh, i_v, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(INDEX)
     i_b, i_h = i_bh // H, i_bh % H
     SEGMENTS = tl.num_programs(2)
     i_block = i_bh * tl.num_programs(1) + i_v
@@ -86,10 +90,11 @@ def backward_kernel(
     q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter,
     scale, H, T, K, V, SEGMENT,
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr, STAGES: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gradients of `forward_kernel` in one launch; the chunks' states are computed again rather than kept."""
-    i_bh, i_v, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    i_bh, i_v, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(INDEX)
     i_b, i_h = i_bh // H, i_bh % H
     SEGMENTS = tl.num_programs(2)
     i_block = i_bh * tl.num_programs(1) + i_v
@@ -143,14 +148,14 @@ def _add_up(
 def segment_kernel(
     x, y, g_fwd, g_rev, p_own, p_total, scale, H, T, K, V, SEGMENT,
     FWD: tl.constexpr, REV: tl.constexpr, OWN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What one segment alone adds to the state of one direction, and the log decay across it.
 
     The states are S, with x = k and y = v, or with OWN their gradients dS, with x = q and y = do, which go the other
     way and are decayed by the token's own gate too. scale: the factor of x, 1 for S and the operator's for dS.
     """
-    i_row, i_v, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    i_row, i_v, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(INDEX)
     i_bh, i_direction = i_row // 2, i_row % 2
     i_b, i_h = i_bh // H, i_bh % H
     i_own = ((i_bh * tl.num_programs(1) + i_v) * 2 + i_direction) * tl.num_programs(2) + i_s

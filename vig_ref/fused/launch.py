@@ -14,11 +14,11 @@ from vig_ref.fused import kernels
 #: Tokens per chunk: the smallest tile that the tensor cores take. Less is forgotten, so that the fast path serves
 #: more gates, and a program needs fewer registers.
 CHUNK = 16
-#: The tiles that hold a state in registers, (columns BK, rows BV): warps of a program; with bfloat16 of one of the
-#: backward pass or of `segment_kernel` (not with tf32, whose products of 64 rows by four warps Triton 3.6 gets wrong);
-#: and without tensor cores. The first that is large enough is taken; a V larger than all is cut into blocks. The first
-#: two are the heads of ViG-H and ViG.
-TILES = {(16, 32): (1, 1, 4), (32, 64): (2, 4, 4), (128, 32): (4, 4, 8)}
+#: The tiles that hold a state in registers, (columns BK, rows BV): warps of a program with bfloat16, forward; with
+#: bfloat16, backward or in `segment_kernel`; with tf32; without tensor cores. (Products of 64 rows in tf32 by four warps
+#: Triton 3.6 gets wrong.) The first tile that is large enough is taken; a V larger than all is cut into blocks. The
+#: first two are the heads of ViG-H and ViG.
+TILES = {(16, 32): (1, 2, 4, 4), (32, 64): (2, 4, 2, 4), (128, 32): (4, 8, 8, 8)}
 #: Registers of a thread: six programs of two warps then share a multiprocessor. Fewer spill; more leave room for four.
 REGISTERS = {(32, 64): 168}
 MAX_K = max(BK for BK, _ in TILES)
@@ -88,7 +88,8 @@ def _forward(
     """o, and the states that enter each segment, which the backward pass wants again."""
     o, S_enter = _empty(v), _entering(q, v)
     if o.numel():
-        options = _options(q, v, g_fwd, g_rev, precision, backward=False)
+        far = _far(q, k, v, g_fwd, g_rev, o)
+        options = _options(q, v, g_fwd, g_rev, precision, backward=False, far=far)
         with _device(q):
             _enter(k, v, g_fwd, g_rev, 1.0, S_enter, False, options)
             kernels.forward_kernel[_grid(v, options["BV"])](
@@ -107,7 +108,7 @@ def _backward(
     grads = [_empty(x) for x in inputs]
     if not do.numel():
         return grads
-    options = _options(q, v, g_fwd, g_rev, precision, backward=True)
+    options = _options(q, v, g_fwd, g_rev, precision, backward=True, far=_far(*inputs, do, *grads))
     blocks = _grid(v, options["BV"])[1]
     parts = grads if blocks == 1 else [grad if n == 2 else _parts(inputs[n], blocks) for n, grad in enumerate(grads)]
     dq, dk, dv, *dg = (_strided(x) for x in parts)
@@ -257,7 +258,7 @@ def _grid(v: Tensor, BV: int) -> tuple[int, int, int]:
 
 
 def _options(
-    q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, precision: str, backward: bool
+    q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, precision: str, *, backward: bool, far: bool
 ) -> dict:
     """The compile-time constants of a launch."""
     if not INTERPRETED and torch.cuda.get_device_capability(q.device) < (8, 0):
@@ -266,7 +267,13 @@ def _options(
     if INTERPRETED:
         dot = "ieee"  # the interpreter multiplies the bit patterns of bfloat16
     there = g_fwd is not None, g_rev is not None
-    return constants(_tile(q, v), dot, *there, backward=backward, double=q.dtype == torch.float64)
+    return constants(_tile(q, v), dot, *there, backward=backward, double=q.dtype == torch.float64, far=far)
+
+
+def _far(*tensors: Tensor | None) -> bool:
+    """Whether an offset inside a sequence may not fit in 32 bits. A block may end behind the last token and feature."""
+    there = [x for x in tensors if x is not None]
+    return any((x.shape[2] + 2 * CHUNK) * x.stride(2) + (x.shape[3] + MAX_K) * x.stride(3) >= 2**31 for x in there)
 
 
 def _tile(q: Tensor, v: Tensor) -> tuple[int, int]:
@@ -275,12 +282,16 @@ def _tile(q: Tensor, v: Tensor) -> tuple[int, int]:
 
 
 def constants(
-    tile: tuple[int, int], dot: str, fwd: bool, rev: bool, *, backward: bool, double: bool = False
+    tile: tuple[int, int], dot: str, fwd: bool, rev: bool, *, backward: bool, double: bool = False, far: bool = False
 ) -> dict:
-    """The compile-time constants of a kernel for a tile of TILES, an arithmetic and the directions that there are."""
+    """The compile-time constants of a kernel for a tile of TILES, an arithmetic and the directions that there are.
+
+    far: whether offsets inside a sequence need 64 bits. In 32 they cost fewer instructions and registers.
+    """
     return {
         "FWD": fwd, "REV": rev, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1, "BK": tile[0], "BV": tile[1],
-        "ACC": kernels.tl.float64 if double else kernels.tl.float32, "DOT": dot, "LIMIT": 2000.0 if double else 300.0,
+        "ACC": kernels.tl.float64 if double else kernels.tl.float32,
+        "INDEX": kernels.tl.int64 if far else kernels.tl.int32, "DOT": dot, "LIMIT": 2000.0 if double else 300.0,
         "BOUND": BOUND_BACKWARD[dot] if backward else BOUND,
         "STAGES": STAGES if dot == "bf16" and tile[0] < MAX_K else 1,
         "num_warps": _warps(tile, dot, backward), "num_stages": 1,
@@ -289,15 +300,13 @@ def constants(
 
 
 def _warps(tile: tuple[int, int], dot: str, large: bool) -> int:
-    if dot == "ieee":
-        return TILES[tile][2]
-    return TILES[tile][large and dot == "bf16"]
+    return TILES[tile][{"bf16": int(large), "tf32": 2, "ieee": 3}[dot]]
 
 
 def segment_constants(options: dict, own: bool) -> dict:
     """The compile-time constants of `segment_kernel`. It knows no fast path, so that its chunks may be longer."""
     long = options["DOT"] == "bf16"
-    kept = {name: options[name] for name in ("FWD", "REV", "BK", "BV", "ACC", "DOT", "LIMIT")}
+    kept = {name: options[name] for name in ("FWD", "REV", "BK", "BV", "ACC", "INDEX", "DOT", "LIMIT")}
     return kept | {
         "OWN": own, "C": 2 * CHUNK if long else CHUNK, "STAGES": STAGES if long else 1,
         "num_warps": _warps((options["BK"], options["BV"]), options["DOT"], True),
