@@ -12,9 +12,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from torch._subclasses.fake_tensor import FakeTensor
 
+import interpreter
 from vig_ref.fused import launch
 
 torch.set_num_threads(1)
+interpreter.hurry()
 
 COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("fast", max_examples=5, **COMMON)

@@ -1,0 +1,36 @@
+"""What `tests/interpreter.py` leaves out is not missed: the same bits as from Triton's interpreter as it is."""
+
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter as of_triton
+
+import interpreter
+from vig_ref import fused
+from vig_ref.fused import launch
+from vig_ref.tolerance import NAMES, draw, evaluate
+
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs a machine without a GPU")
+
+
+def evaluated(T, regime):
+    return evaluate(fused.bidirectional_gla, draw(1, 1, T, 3, 33, regime=regime), scale=0.5)
+
+
+@pytest.mark.parametrize("regime", ["vig", "reset"])
+def test_bits_are_those_of_the_interpreter_as_it_is(regime, monkeypatch):
+    """Every kernel, the two for segments among them, on its fast path and on the other."""
+    monkeypatch.setattr(launch, "SEGMENT", 32)
+    hurried = evaluated(37, regime)
+    monkeypatch.setattr(of_triton, "_patch_lang", interpreter._replace)
+    as_it_is = evaluated(37, regime)
+    assert all(torch.equal(hurried[name], as_it_is[name]) for name in NAMES)
+
+
+def test_the_language_is_replaced_once_a_launch_and_put_back(monkeypatch):
+    evaluated(17, "vig")  # Triton leaves its own library's view of the language replaced after the first use
+    replaced, replace = [], interpreter._replace
+    monkeypatch.setattr(interpreter, "_replace", lambda kernel: replaced.append(kernel.__name__) or replace(kernel))
+    evaluated(17, "vig")
+    assert replaced == ["forward_kernel", "backward_kernel"]
+    assert tl.core.is_builtin(tl.load)
