@@ -21,7 +21,8 @@ def test_only_listed_reasons_are_accepted(tmp_path):
     """Seen from outside, in a run of its own: for a test and for a whole file."""
     (tmp_path / "test_some.py").write_text(SKIPS)
     (tmp_path / "test_whole_file.py").write_text("import pytest; pytest.importorskip('no_such_module')")
-    (tmp_path / "conftest.py").write_text(Path(__file__).with_name("conftest.py").read_text())
+    for name in ("conftest.py", "interpreter.py"):
+        (tmp_path / name).write_text(Path(__file__).with_name(name).read_text())
     command = [sys.executable, "-m", "pytest", "--continue-on-collection-errors", "-rA"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
