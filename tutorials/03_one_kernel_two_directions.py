@@ -661,7 +661,7 @@ ch03.record(record, low, high)
 # 256; the other T's have larger images and smaller batches, `b1` a batch of one. H-T s1 is the first stage of
 # ViG-H-T.*
 #
-# Was the sentence right? At T224 the table has 0.056 ms, or 56 µs, and the prediction ended at 40. So bytes are most of
+# Was the sentence right? At T224 the table has 0.053 ms, or 53 µs, and the prediction ended at 40. So bytes are most of
 # it, and not all. What else there is, the GPU's own counters say, on the page
 # [performance](../docs/performance.md#what-limits-it-now): too few warps fit on a multiprocessor to hide the waiting.
 #
@@ -684,7 +684,7 @@ ch03.record(record, low, high)
 # | **Converting int8 to bfloat16** (4 warps, `[16, 16]`, Triton 3.6) | Wrong values on the GPU, right ones in the interpreter. Check each configuration on the device before timing it. |
 # | **$M g$ with $g = -\infty$** | NaN in every row, as $0 \cdot \infty$ is. Clamp first. |
 # | **No barrier between the sweeps** | Right in the interpreter, where a program is one thread; on a GPU wrong now and then. |
-# | **32-bit offsets** | Right until a tensor has more than $2^{31}$ elements. |
+# | **32-bit offsets** | Right until an offset exceeds $2^{31}$. They are cheaper, so the launcher looks whether they suffice. |
 # | **bfloat16 in the interpreter** | Wrong products: it multiplies bit patterns. Test bfloat16 on a GPU. |
 # | **`TRITON_INTERPRET` set after Triton was imported** | "backend 'fused' needs CUDA tensors". Set it in the first cell, or in the shell. |
 # | **The reverse scan by flipping copies** | Right, and every input is copied once more than it is read. |
