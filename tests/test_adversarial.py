@@ -172,21 +172,34 @@ def test_13_storage_offset_and_sizes_of_one(layer, sizes):
     judge(layer, Inputs(*map(LAYOUTS["offset_by_one"], x)), scale=1)
 
 
-@pytest.mark.parametrize("dim", [0, 1, 2, 3], ids=["B", "H", "T", "K"])
-def test_14_offset_beyond_32_bits(dim, tmp_path):
-    """A stride of 2^30 fits in 32 bits and twice that does not. On CPU the memory is a file with holes."""
-    sizes = [1, 1, 1, 3]
-    sizes[dim] = 3
-    x = on("fused", *sizes, 4)
-    n = 2**31 + 16
+def spread(x: torch.Tensor, dim: int, stride: int, folder: Path) -> torch.Tensor:
+    """A copy of x whose neighbours along dim are `stride` numbers apart. On CPU the memory is a file with holes."""
+    n = (x.shape[dim] - 1) * stride + x[0, 0, 0].numel()
     if launch.INTERPRETED:
-        memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=n)
+        memory = torch.from_file(str(folder / "sparse"), shared=True, size=n)
     else:
         memory = torch.empty(n, device="cuda")
     strides = [0, 0, 0, 1]
-    strides[dim] = 2**30
-    far = memory.as_strided(x.q.shape, strides).copy_(x.q)
-    judge("fused", x._replace(q=far), scale=1)
+    strides[dim] = stride
+    return memory.as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3], ids=["B", "H", "T", "K"])
+def test_14_offset_beyond_32_bits(dim, tmp_path):
+    """A stride of 2^30 fits in 32 bits and twice that does not."""
+    sizes = [1, 1, 1, 3]
+    sizes[dim] = 3
+    x = on("fused", *sizes, 4)
+    judge("fused", x._replace(q=spread(x.q, dim, 2**30, tmp_path)), scale=1)
+
+
+@pytest.mark.parametrize("regime", ["vig", "reset"])
+@pytest.mark.parametrize("name", Inputs._fields)
+def test_14_offset_beyond_32_bits_in_a_later_chunk(name, regime, tmp_path, monkeypatch):
+    """Every kernel computes addresses from its own loops, on the fast path and, after a reset, on the other."""
+    monkeypatch.setattr(launch, "SEGMENT", 32)
+    x = on("fused", 1, 1, 50, 3, 4, regime=regime)
+    judge("fused", x._replace(**{name: spread(getattr(x, name), 2, 2**26, tmp_path)}), scale=1)
 
 
 def test_14_results_are_asked_too_how_far_they_lie():

@@ -54,25 +54,27 @@ def _middle(C: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _halves(C: tl.constexpr, LEFT: tl.constexpr):
-    """`[ROWS, C]`: 1 for the tokens of the half that the scan meets first; in the lower rows, of the other half."""
+def _first_and_last_half(C: tl.constexpr, LEFT: tl.constexpr):
+    """`[ROWS, C]`: in the upper half of the rows 1 for the tokens that the scan meets first, in the lower for the rest."""
     row = tl.arange(0, ROWS)[:, None]
     t = tl.arange(0, C)[None, :]
     return ((t < C // 2) != LEFT) != (row >= ROWS // 2)
 
 
 @triton.jit
-def _advance(S, before, lowest, g, LEFT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
+def _advance(S, before, g, LEFT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
     """A state from the last middle to this chunk's. LEFT: the scan goes to the left.
 
     before `[ROWS / 2, BK]`, equal rows, is what the last chunk left to be forgotten: the gates of the half that the
-    scan met last. Returns this chunk's for the next.
-    lowest `[ROWS / 2, BK]` collects the smallest exponents; what the last chunk of all leaves, the caller looks at.
+    scan met last. Returns S, the gates that it has forgotten now, and what this chunk leaves.
+
+    One product sums both halves. The tensor cores give rows r and r + 8 of a result to the same thread, so that taking
+    the two apart moves nothing.
     """
-    both = tl.reshape(sums(_halves(g.shape[0], LEFT), g, DOT), (2, ROWS // 2, BK))
-    first, last = tl.split(tl.permute(both, (1, 2, 0)))
+    halves = sums(_first_and_last_half(g.shape[0], LEFT), g, DOT)
+    first, last = tl.split(tl.permute(tl.reshape(halves, (2, ROWS // 2, BK)), (1, 2, 0)))
     between = before + first
-    return scale_columns(S, exp2(between, DOT), BV, BK), tl.minimum(lowest, between), last
+    return scale_columns(S, exp2(between, DOT), BV, BK), between, last
 
 
 @triton.jit
@@ -91,7 +93,7 @@ def forward_anchored(
 ):  # fmt: skip
     """One direction of the chunks `start .. end` of one sequence. Returns the smallest exponent met."""
     before = tl.zeros((ROWS // 2, BK), ACC)
-    lowest = before
+    lowest = before  # of the sums of gates between two middles
     S = entering(p_S_enter, i_enter, BV, BK, ACC)
     for i in tl.range(end - start, num_stages=STAGES):
         n = end - 1 - i if REVERSE else start + i
@@ -100,7 +102,8 @@ def forward_anchored(
         b_v = load(v, n * C, T, V, C, BV)
         b_vT = load(v, n * C, T, V, C, BV, TRANSPOSED=True)  # one load in two layouts could not be fetched ahead
         b_g = load_gate(g, n * C, T, K, C, BK, ACC, LIMIT)
-        S, lowest, before = _advance(S, before, lowest, b_g, REVERSE, BV, BK, DOT)
+        S, between, before = _advance(S, before, b_g, REVERSE, BV, BK, DOT)
+        lowest = tl.minimum(lowest, between)
         b = sums(_middle(C, REVERSE), b_g, DOT)
         b_qE = b_q.to(ACC) * (exp2(b, DOT) * scale)
         b_kE = b_k.to(ACC) * exp2(-b, DOT)
@@ -164,14 +167,14 @@ def backward_anchored(
         n = end - 1 - i
         if REV:
             b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
-            S_rev, _, S_before = _advance(S_rev, S_before, none, b_g, True, BV, BK, DOT)
+            S_rev, _, S_before = _advance(S_rev, S_before, b_g, True, BV, BK, DOT)
             p_middle = scratch(p_S_rev, n - start, BV, BK)
             tl.store(p_middle, S_rev.to(p_middle.dtype.element_ty))
             b_kE = load(k, n * C, T, K, C, BK).to(ACC) * exp2(-sums(_middle(C, True), b_g, DOT), DOT)
             S_rev = dot(load(v, n * C, T, V, C, BV, TRANSPOSED=True), b_kE, S_rev, DOT)
         if FWD:
             b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
-            dS_fwd, _, dS_before = _advance(dS_fwd, dS_before, none, b_g, True, BV, BK, DOT)
+            dS_fwd, _, dS_before = _advance(dS_fwd, dS_before, b_g, True, BV, BK, DOT)
             p_middle = scratch(p_dS_fwd, n - start, BV, BK)
             tl.store(p_middle, dS_fwd.to(p_middle.dtype.element_ty))
             b_qE = load(q, n * C, T, K, C, BK).to(ACC) * (exp2(sums(_middle(C, False), b_g, DOT), DOT) * scale)
@@ -181,10 +184,10 @@ def backward_anchored(
     dS_rev = entering(p_dS_enter, i_enter + SEGMENTS, BV, BK, ACC)
     S_before = none
     dS_before = none
-    lowest = none  # of this sweep: the other one met sums of the same gates
+    lowest = none  # in this sweep: the other one has met sums of the same gates
     token = tl.arange(0, C)[:, None]
     for i in tl.range(end - start, num_stages=STAGES):
-        n = start + i
+        n = start + i  # as wide as start; in the interpreter a loop's own variable has 32 bits
         b_q = load(q, n * C, T, K, C, BK)
         b_k = load(k, n * C, T, K, C, BK)
         b_v = load(v, n * C, T, V, C, BV)
@@ -197,7 +200,8 @@ def backward_anchored(
         if REV:
             b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
             b_S = tl.load(scratch(p_S_rev, n - start, BV, BK))
-            dS_rev, lowest, dS_before = _advance(dS_rev, dS_before, lowest, b_g, False, BV, BK, DOT)
+            dS_rev, between, dS_before = _advance(dS_rev, dS_before, b_g, False, BV, BK, DOT)
+            lowest = tl.minimum(lowest, between)
             part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
                 b_q, b_k, b_v, b_do, b_dv, dA, b_g, b_S, dS_rev.to(b_S.dtype), tl.sum(b_S.to(ACC) * dS_rev, 0), scale,
                 True, C, ACC, DOT,
@@ -210,7 +214,8 @@ def backward_anchored(
         if FWD:
             b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
             b_dS = tl.load(scratch(p_dS_fwd, n - start, BV, BK))
-            S_fwd, lowest, S_before = _advance(S_fwd, S_before, lowest, b_g, False, BV, BK, DOT)
+            S_fwd, between, S_before = _advance(S_fwd, S_before, b_g, False, BV, BK, DOT)
+            lowest = tl.minimum(lowest, between)
             part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
                 b_q, b_k, b_v, b_do, b_dv, dA, b_g, S_fwd.to(b_dS.dtype), b_dS, tl.sum(S_fwd * b_dS.to(ACC), 0), scale,
                 False, C, ACC, DOT,

@@ -27,7 +27,7 @@ def sequence(x, i_b, i_h, i_d):
 
 @triton.jit
 def tile(x, i_t, T, D, C: tl.constexpr, BD: tl.constexpr):
-    """Addresses `[C, BD]` of the tokens from i_t on, and the mask of those that exist. Offsets have the type of i_t."""
+    """Addresses `[C, BD]` of the tokens from i_t on, and the mask of those that exist. Offsets are as wide as i_t."""
     pointer, stride_t, stride_d = x
     rows = i_t + tl.arange(0, C)
     cols = tl.arange(0, BD)

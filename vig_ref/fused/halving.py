@@ -162,7 +162,7 @@ def backward_halving(
     S_fwd = entering(p_S_enter, i_enter, BV, BK, ACC)
     dS_rev = entering(p_dS_enter, i_enter + SEGMENTS, BV, BK, ACC)
     for i in range(end - start):
-        n = start + i
+        n = start + i  # see anchored.py
         b_q = load(q, n * C, T, K, C, BK).to(ACC) * scale
         b_k = load(k, n * C, T, K, C, BK).to(ACC)
         b_v = load(v, n * C, T, V, C, BV).to(ACC)

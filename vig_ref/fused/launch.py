@@ -271,7 +271,10 @@ def _options(
 
 
 def _far(*tensors: Tensor | None) -> bool:
-    """Whether an offset inside a sequence may not fit in 32 bits. A block may end behind the last token and feature."""
+    """Whether an offset inside a sequence may not fit in 32 bits. A block may end behind the last token and feature.
+
+    Scratch memory and parts of gradients need not be asked: no sequence there is longer than that of a gradient.
+    """
     there = [x for x in tensors if x is not None]
     return any((x.shape[2] + 2 * CHUNK) * x.stride(2) + (x.shape[3] + MAX_K) * x.stride(3) >= 2**31 for x in there)
 
