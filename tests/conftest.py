@@ -52,6 +52,7 @@ def pytest_runtest_setup(item):
 
 
 def with_room(function, /, **arguments):
+    __tracebackhide__ = True
     return function(**arguments)
 
 
@@ -65,7 +66,7 @@ def pytest_pyfunc_call(pyfuncitem):
 
     Python keeps frames in chunks of 16 kB, and gives a chunk back to the system when its first frame returns. Where a
     loop of many calls happens to begin at the end of a chunk, each call maps memory and unmaps it: in interpreted
-    kernels below pytest and Hypothesis that was up to three quarters of a test's time.
+    kernels below pytest and Hypothesis that was most of a test's time.
     """
     test = pyfuncitem.obj
     pyfuncitem.obj = functools.partial(with_room, test)

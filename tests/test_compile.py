@@ -32,7 +32,8 @@ class Launch(NamedTuple):
     directions: tuple[bool, bool] = BOTH
     sm: int = 90
     segments: bool = False  # T beyond one segment: states enter, and two more kernels run
-    strided: bool = False  # features apart from each other, and offsets beyond 32 bits
+    strided: bool = False  # features apart from each other, and strides beyond 32 bits
+    far: bool = False  # offsets beyond 32 bits
     parts: bool = False  # V in several blocks: dq, dk and dg of each in float32
     own: bool = False  # of the kernels for segments: the gradients of the states, not the states
 
@@ -44,7 +45,8 @@ def launches(dtype: str, dot: str) -> list[Launch]:
     half = [launch._replace(gates=dtype) for launch in one if dtype != "fp32"]
     ways = [dict(sm=80)]
     if dot == "bf16":
-        ways += [dict(directions=FWD), dict(directions=REV), dict(segments=True), dict(strided=True)]
+        ways += [dict(directions=FWD), dict(directions=REV), dict(segments=True), dict(far=True)]
+        ways += [dict(strided=True, far=True)]
         one += [Launch("backward_kernel", parts=True), Launch("segment_kernel"), Launch("combine_kernel")]
     return [*half, *one, segment, *(launch._replace(**way) for launch in (one[0], one[1], segment) for way in ways)]
 
@@ -80,7 +82,7 @@ def compile_all(tile, dtype, dot, wanted):
     for kind in (Launch(*each) for each in wanted):
         kernel = getattr(kernels, kind.kernel)
         backward = kind.kernel == "backward_kernel"
-        options = launch.constants(tuple(tile), dot, *kind.directions, backward=backward, far=kind.strided)
+        options = launch.constants(tuple(tile), dot, *kind.directions, backward=backward, far=kind.far)
         if kind.kernel == "segment_kernel":
             options = launch.segment_constants(options, kind.own)
         if kind.kernel == "combine_kernel":

@@ -122,8 +122,8 @@ for function in (blocks.tile, blocks.load):
 
 # %% [markdown]
 # `x` is a tuple of pointer and strides: views and transposed tensors are read where they lie, nothing is copied.
-# `i_t` is a 64-bit integer where an offset inside the sequence may exceed $2^{31}$, and all offsets with it; where none
-# can, 32 bits do, for fewer instructions. BK is K rounded up to a power of two; columns beyond K are masked too.
+# `i_t` is a 64-bit integer where an offset inside the sequence may reach $2^{31}$ (the launcher looks, in `_far`), and all
+# offsets with it; where none can, 32 bits do, for fewer instructions. BK is K rounded up to a power of two; columns beyond K are masked too.
 #
 # ## 2. Sums of gates, by a matrix product
 #
@@ -401,14 +401,14 @@ check(middle_matrix)
 # of another:
 
 # %%
-for function in (anchored._middle, anchored._halves, anchored._advance):
+for function in (anchored._middle, anchored._first_and_last_half, anchored._advance):
     show(function)
 
 # %% [markdown]
 # ## 7. For every gate: look, and compute again
 #
 # A moved boundary without a check only moves the gate at which a kernel fails. But `_advance` has just summed the gates
-# from one middle to the next, and keeps the smallest of these sums in `lowest` (for the far half of a sweep's last
+# from one middle to the next, and the sweep keeps the smallest of these sums in `lowest` (for the far half of a sweep's last
 # chunk, which lies between no two middles, that is done after the loop). Every half of a chunk is part of one such sum,
 # so no exponent is larger in size. So the program *knows* when it has gone too far, and the kernel, first the fast path for
 # both directions, ends like this:

@@ -55,7 +55,7 @@ def _middle(C: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def _first_and_last_half(C: tl.constexpr, LEFT: tl.constexpr):
-    """`[ROWS, C]`: in the upper half of the rows 1 for the tokens that the scan meets first, in the lower for the rest."""
+    """`[ROWS, C]`: 1 for the half of the tokens that the scan meets first; in rows 8 to 15, for the other half."""
     row = tl.arange(0, ROWS)[:, None]
     t = tl.arange(0, C)[None, :]
     return ((t < C // 2) != LEFT) != (row >= ROWS // 2)

@@ -2,6 +2,7 @@
 """
 
 import contextlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,12 +15,21 @@ from vig_ref.fused import kernels
 #: Tokens per chunk: the smallest tile that the tensor cores take. Less is forgotten, so that the fast path serves
 #: more gates, and a program needs fewer registers.
 CHUNK = 16
-#: The tiles that hold a state in registers, (columns BK, rows BV): warps of a program with bfloat16, forward; with
-#: bfloat16, backward or in `segment_kernel`; with tf32; without tensor cores. (Products of 64 rows in tf32 by four warps
-#: Triton 3.6 gets wrong.) The first tile that is large enough is taken; a V larger than all is cut into blocks. The
-#: first two are the heads of ViG-H and ViG.
-TILES = {(16, 32): (1, 2, 4, 4), (32, 64): (2, 4, 2, 4), (128, 32): (4, 8, 8, 8)}
-#: Registers of a thread: six programs of two warps then share a multiprocessor. Fewer spill; more leave room for four.
+class Warps(NamedTuple):
+    """Warps of a program: with bfloat16; with tf32; without tensor cores."""
+
+    forward: int
+    backward: int  # and in `segment_kernel`
+    tf32: int
+    ieee: int
+
+
+#: The tiles that hold a state in registers, (columns BK, rows BV). The first that is large enough is taken; a V larger
+#: than all is cut into blocks. The first two are the heads of ViG-H and ViG. (With tf32, products of 64 rows by four
+#: warps are wrong in Triton 3.6.)
+TILES = {(16, 32): Warps(1, 2, 4, 4), (32, 64): Warps(2, 4, 2, 4), (128, 32): Warps(4, 8, 8, 8)}
+#: Registers of a thread in the forward kernel: six programs of two warps then share a multiprocessor. Fewer spill; more
+#: leave room for four.
 REGISTERS = {(32, 64): 168}
 MAX_K = max(BK for BK, _ in TILES)
 #: Tokens per program: a longer sequence is cut into segments, never more than MAX_SEGMENTS. A constant, so that the
@@ -297,13 +307,14 @@ def constants(
         "INDEX": kernels.tl.int64 if far else kernels.tl.int32, "DOT": dot, "LIMIT": 2000.0 if double else 300.0,
         "BOUND": BOUND_BACKWARD[dot] if backward else BOUND,
         "STAGES": STAGES if dot == "bf16" and tile[0] < MAX_K else 1,
-        "num_warps": _warps(tile, dot, backward), "num_stages": 1,
+        "num_warps": _warps(tile, dot, "backward" if backward else "forward"), "num_stages": 1,
         "maxnreg": None if backward else REGISTERS.get(tile),
     }  # fmt: skip
 
 
-def _warps(tile: tuple[int, int], dot: str, large: bool) -> int:
-    return TILES[tile][{"bf16": int(large), "tf32": 2, "ieee": 3}[dot]]
+def _warps(tile: tuple[int, int], dot: str, kind: str) -> int:
+    """kind: "forward" or "backward", which only bfloat16 tells apart."""
+    return getattr(TILES[tile], kind if dot == "bf16" else dot)
 
 
 def segment_constants(options: dict, own: bool) -> dict:
@@ -312,7 +323,7 @@ def segment_constants(options: dict, own: bool) -> dict:
     kept = {name: options[name] for name in ("FWD", "REV", "BK", "BV", "ACC", "INDEX", "DOT", "LIMIT")}
     return kept | {
         "OWN": own, "C": 2 * CHUNK if long else CHUNK, "STAGES": STAGES if long else 1,
-        "num_warps": _warps((options["BK"], options["BV"]), options["DOT"], True),
+        "num_warps": _warps((options["BK"], options["BV"]), options["DOT"], "backward"),
     }  # fmt: skip
 
 
