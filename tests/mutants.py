@@ -337,6 +337,24 @@ MUTANTS = [
     Mutant("launch: states of a part of V enter", LAUNCH, 'BV // constants["ROWS_AT_ONCE"]', 'BV // constants["ROWS_AT_ONCE"] // 2'),
     Mutant("launch: half a chunk in a segment", LAUNCH, "triton.cdiv(T, CHUNK) * CHUNK", "triton.cdiv(T, CHUNK // 2) * (CHUNK // 2)"),
     Mutant("launch: any number of segments", LAUNCH, "if T <= SEGMENT * MAX_SEGMENTS:", "if T:"),
+    # Found by readers who planted bugs of their own, and had survived: several images, heads, segments and blocks of V at once.
+    Mutant("forward: entering states counted block by block", KERNELS, "i_enter = i_block * 2 * SEGMENTS + i_s\n    if FWD", "i_enter = (i_v * tl.num_programs(0) + i_bh) * 2 * SEGMENTS + i_s\n    if FWD"),
+    Mutant("backward: entering states of the first image", KERNELS, "i_enter = i_block * 2 * SEGMENTS + i_s\n    lowest = backward_anchored(", "i_enter = (i_h * tl.num_programs(1) + i_v) * 2 * SEGMENTS + i_s\n    lowest = backward_anchored("),
+    Mutant("launch: scratch memory for the tokens there are", LAUNCH, "chunks = segments * (_segment(v.shape[2]) // options[\"C\"])", "chunks = triton.cdiv(v.shape[2], options[\"C\"])"),
+    Mutant("launch: 33 bits taken for 32", LAUNCH, ">= 2**31 for x", ">= 2**32 for x"),
+    Mutant("launch: gates may lie farther than values", LAUNCH, "_far(q, k, v, g_fwd, g_rev, o)", "_far(q, k, v, o)"),
+    Mutant("launch: entering states in the dtype of v", LAUNCH, "    wide = torch.promote_types(v.dtype, torch.float32)\n    if v.shape[2] <= SEGMENT:", "    wide = v.dtype\n    if v.shape[2] <= SEGMENT:"),
+    Mutant("launch: no room for large inputs", LAUNCH, "\nBOUND = -80.0", "\nBOUND = -120.0"),
+    Mutant("launch: parts of gradients in half precision", LAUNCH, "T, D, dtype=torch.promote_types(x.dtype, torch.float32))", "T, D)"),
+    Mutant("kernels: blocks of V counted in 32 bits", KERNELS, "tl.program_id(1).to(tl.int64), tl.program_id(2).to(INDEX)\n    i_b, i_h = i_bh // H, i_bh % H\n    SEGMENTS = tl.num_programs(2)\n    i_block = i_bh * tl.num_programs(1) + i_v\n    q, k = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0)\n    v, o", "tl.program_id(1), tl.program_id(2).to(INDEX)\n    i_b, i_h = i_bh // H, i_bh % H\n    SEGMENTS = tl.num_programs(2)\n    i_block = i_bh * tl.num_programs(1) + i_v\n    q, k = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0)\n    v, o"),
+    Mutant("launch: decays across segments in float32", LAUNCH, "return enter.new_empty(*enter.shape[:3], enter.shape[4])", "return enter.new_empty(*enter.shape[:3], enter.shape[4], dtype=torch.float32)"),
+    Mutant("launch: at most 64 segments combined", LAUNCH, "triton.next_power_of_2(segments)\n    return {\"OWN\"", "min(64, triton.next_power_of_2(segments))\n    return {\"OWN\""),
+    Mutant("segments: every head decays as the first", KERNELS, "tl.load(p_total + last * BK + cells % BK", "tl.load(p_total + (last - i_block * 2 * SEGMENTS) * BK + cells % BK"),
+    Mutant("launch: no segment is longer than the usual", LAUNCH, "v.shape[3], _segment(q.shape[2])", "v.shape[3], min(_segment(q.shape[2]), SEGMENT)"),
+    Mutant("kernels: shares of all heads in one place", KERNELS, "p_share += (i_block * SEGMENTS + i_s)", "p_share += (i_v * SEGMENTS + i_s)"),
+    Mutant("kernels: states of all heads in one place", KERNELS, "i_state = (i_block * SEGMENTS + i_s)", "i_state = (i_v * SEGMENTS + i_s)"),
+    Mutant("segments: the decay of the last stretch alone", KERNELS, "return decay_1 + decay_2, tl.exp2", "return decay_2, tl.exp2"),
+    Mutant("launch: fake states of one segment", LAUNCH, "return _empty(v), _entering(q, v)", "return _empty(v), _entering(q, v[:, :, :SEGMENT])"),
 ]  # fmt: skip
 
 

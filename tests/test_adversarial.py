@@ -202,6 +202,26 @@ def test_14_offset_beyond_32_bits_in_a_later_chunk(name, regime, tmp_path, monke
     judge("fused", x._replace(**{name: spread(getattr(x, name), 2, 2**26, tmp_path)}), scale=1)
 
 
+@pytest.mark.parametrize("name", ["v", "do"])
+def test_14_offset_beyond_32_bits_in_a_block_of_v(name, tmp_path):
+    """K above 32: the second block of V begins 32 strides behind the first."""
+    x = on("fused", 1, 1, 1, 33, 33)
+    judge("fused", x._replace(**{name: spread(getattr(x, name), 3, 2**26, tmp_path)}), scale=1)
+
+
+@pytest.mark.parametrize(
+    ("T", "D", "strides", "far"),
+    [(196, 64, (192, 1), False), (16_384, 64, (768, 1), False), (65, 4, (2**25, 1), True), (2, 65, (64, 2**25), True),
+     (2**20, 64, (2048, 1), True), (2**20, 64, (2040, 1), False), (9, 9, (0, 0), False)],
+)  # fmt: skip
+def test_14_64_bits_where_they_are_wanted_and_only_there(T, D, strides, far):
+    """Any tensor of a call may be the one that lies far."""
+    one = torch.empty_strided((1, 1, T, D), (0, 0, *strides), device="meta")
+    near = torch.empty(1, 1, 2, 2, device="meta")
+    for n in range(6):
+        assert launch._far(*[one if i == n else near for i in range(6)], None) == far
+
+
 def test_14_results_are_asked_too_how_far_they_lie():
     """An input may lie closer together than its gradient: a constant one, expanded, has strides of 0."""
     x = on("fused", 1, 2, 3, 4, 5)
@@ -255,6 +275,16 @@ def test_18_runs_are_bitwise_equal(layer):
     for _ in range(3 if layer == "fused" and launch.INTERPRETED else 100):
         again = evaluate(bidirectional_gla, x, backend=layer)
         assert all(torch.equal(first[name], again[name]) for name in NAMES)
+
+
+def test_19_parts_of_a_gradient_are_added_in_float32():
+    """What two blocks of V add to dq, dk and dg cancels, and would not fit into float16 before."""
+    x = on("fused", 1, 1, 5, 3, 70, dtype=torch.float16)
+    v, do = torch.full_like(x.v, 200), torch.full_like(x.do, 200)
+    do[..., 32:64] = -200
+    do[..., 64:] = 0
+    got = evaluate(fused.bidirectional_gla, x._replace(v=v, do=do), scale=0.5)
+    assert all(got[name].isfinite().all() for name in NAMES)
 
 
 def test_19_no_update_is_lost():
@@ -313,6 +343,12 @@ def test_23_autocast_changes_nothing(layer):
 def test_23_half_precision_with_float32_gates(layer):
     x = on(layer, 1, 2, 18, 3, 4, dtype=torch.float16, gate_dtype=torch.float32)
     half_precision_passes(layer, x, "float16")
+
+
+def test_23_half_precision_in_several_segments(monkeypatch):
+    monkeypatch.setattr(launch, "SEGMENT", 16)
+    x = on("fused", 1, 2, 34, 3, 4, dtype=torch.float16, gate_dtype=torch.float32)
+    half_precision_passes("fused", x, "float16")
 
 
 @pytest.mark.parametrize("layer", ["chunked", "fused"])

@@ -12,8 +12,10 @@ What is not seen here: the compiler, races, and the arithmetic of bfloat16, whic
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-from cases import CHUNK, FUSED_DEVICE, LAYERS, device_of, every_second
+from cases import CHUNK, FUSED_ARITHMETIC, FUSED_DEVICE, LAYERS, device_of, every_second
 from test_exact import HALF, dyadic, equal_bits
 from test_layers import check
 from vig_ref import bidirectional_gla, fused, gla, naive
@@ -140,6 +142,59 @@ def test_segments_of_several_blocks_of_v(segments_of):
     same_bits(Inputs(*map(every_second, gentle(17, 40, 35, seed=0))))
 
 
+def weak(x: Inputs) -> Inputs:
+    """With gates so weak that a state lives through all segments, and another one in every head of every image."""
+    B, H = x.q.shape[:2]
+    pace = torch.arange(1, B * H + 1, device=x.q.device, dtype=x.g_fwd.dtype).view(B, H, 1, 1)
+    return x._replace(g_fwd=(-0.002 * pace).expand_as(x.g_fwd), g_rev=(-0.003 * pace).expand_as(x.g_rev))
+
+
+@pytest.mark.parametrize("how", FUSED_ARITHMETIC[1:], ids=str)
+@pytest.mark.parametrize(("B", "K", "V"), [(2, 3, 4), (1, 40, 35)])
+def test_segments_of_several_images_heads_and_blocks_of_v(segments_of, B, K, V, how):
+    """Three segments of which the last is short. In float64 here: what is lost in 1e-10 of it is seen, too."""
+    segments_of(32)
+    judge(weak(on_device(B, 2, 66, K, V, dtype=how.dtype)), dot=how.dot, **how.options)
+
+
+def test_longer_segments_where_there_would_be_too_many(monkeypatch, segments_of):
+    segments_of(32)
+    monkeypatch.setattr(launch, "MAX_SEGMENTS", 2)
+    assert launch._segment(200) == 128
+    judge(weak(on_device(1, 2, 200, 3, 4)))
+
+
+@pytest.mark.parametrize("tile", launch.TILES)
+def test_combine_kernel_scans_any_number_of_segments(tile):
+    options = launch.constants(tile, "ieee", True, True, backward=False)
+    for segments in range(1, launch.MAX_SEGMENTS + 1):
+        constants = launch.combine_constants(options, False, segments)
+        assert segments <= constants["N"] < 2 * segments
+        assert constants["BV"] % constants["ROWS_AT_ONCE"] == 0
+
+
+@triton.jit
+def in_both_orders(p_decay, p_S, p_difference):
+    i = tl.arange(0, 16)
+    decay_1, decay_2, decay_3 = tl.load(p_decay + i), tl.load(p_decay + 16 + i), tl.load(p_decay + 32 + i)
+    S_1, S_2, S_3 = tl.load(p_S + i), tl.load(p_S + 16 + i), tl.load(p_S + 32 + i)
+    left, S_left = kernels._then(decay_1, S_1, decay_2, S_2)
+    left, S_left = kernels._then(left, S_left, decay_3, S_3)
+    right, S_right = kernels._then(decay_2, S_2, decay_3, S_3)
+    right, S_right = kernels._then(decay_1, S_1, right, S_right)
+    tl.store(p_difference + i, tl.abs(left - right) + tl.abs(S_left - S_right))
+
+
+def test_stretches_of_tokens_combine_in_any_order():
+    """A GPU scans in a tree, the interpreter in a row, which would not see a decay that is combined wrongly."""
+    r = torch.Generator().manual_seed(0)
+    decay = -torch.randint(0, 4, (3, 16), generator=r).float()
+    S = torch.randint(-8, 9, (3, 16), generator=r).float()
+    difference = torch.full((16,), torch.nan, device=FUSED_DEVICE)
+    in_both_orders[(1,)](decay.to(FUSED_DEVICE), S.to(FUSED_DEVICE), difference)
+    assert (difference == 0).all()
+
+
 def test_segments_of_a_neighbour_do_not_matter(segments_of):
     """Bitwise the same alone and in a batch; each sequence of each head has states of its own."""
     segments_of(16)
@@ -170,6 +225,18 @@ def test_every_chunk_leaves_its_share_of_o_in_a_place_of_its_own(monkeypatch, se
     B, H, T, V = x.v.shape
     shares = kept[0].unflatten(0, (B, H, -1)).flatten(2, 3)[:, :, :T, :V]
     assert torch.equal(shares, gla(x.q, x.k, x.v, x.g_rev, reverse=True, scale=0.25, backend="naive"))
+
+
+def test_every_place_in_scratch_memory_is_written(monkeypatch, segments_of):
+    """Fresh memory is NaN: heads, segments or blocks of V that share a place would leave another as it was."""
+    segments_of(16)
+    kept = []
+    for name in ("_shares", "_states"):
+        allocate = getattr(launch, name)
+        monkeypatch.setattr(launch, name, lambda *arguments, of=allocate: kept.append(of(*arguments)) or kept[-1])
+    evaluate(fused.bidirectional_gla, on_device(1, 2, 32, 40, 35), scale=0.5)
+    assert len(kept) == 3
+    assert not any(memory.isnan().any() for memory in kept)
 
 
 # --- paths -----------------------------------------------------------------------------------------------------------
@@ -246,6 +313,13 @@ def test_the_gradient_of_a_gate_just_above_the_bound_keeps_its_digits():
     for name in ("dg_fwd", "dg_rev"):
         gate = exact[name][:, :, 16]
         assert (got[name][:, :, 16] - gate).norm() <= 1e-5 * gate.norm(), name
+
+
+def test_the_bound_leaves_room_for_large_inputs():
+    """float32 ends at 2^128: a gate of 2^-89 in half a chunk, and inputs of 2^20, are too much for the fast path."""
+    x = on_device(1, 1, 32, 3, 4, regime="keep")
+    x.g_fwd[:, :, 11] = x.g_rev[:, :, 21] = -89 * LOG2
+    judge(x._replace(q=2**20 * x.q, k=2**20 * x.k, v=2**20 * x.v))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
