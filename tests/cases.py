@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import pytest
 import torch
 from hypothesis import event
 from hypothesis import strategies as st
 from torch import Tensor
 
 from vig_ref import chunked, fused, naive
+from vig_ref.fused import launch
 from vig_ref.tolerance import REGIMES, Inputs, draw
 
 DIMS = (1, 3, 5, 8, 16, 17, 32, 60, 100)
@@ -92,6 +94,7 @@ FUSED_ARITHMETIC = (
         Arithmetic(torch.bfloat16, "bfloat16", {}),
     ]
 )
+interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="needs a machine without a GPU")
 #: Every layer in every arithmetic that it has on this machine.
 LAYERS = {"naive": naive, "chunked": chunked, "fused": fused}
 VARIANTS = [(layer, how) for layer in ("naive", "chunked") for how in (FLOAT32, FLOAT64)] + [

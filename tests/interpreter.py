@@ -1,4 +1,4 @@
-"""Triton's interpreter without the half of its work that is done again and again.
+"""Triton's interpreter without work that it does again and again.
 
 A launch in the interpreter replaces the functions of `triton.language` by its own and puts the old ones back behind it.
 Each call of a function inside a kernel replaces them once more, though they are replaced: it searches the language for

@@ -23,7 +23,7 @@ from hypothesis import example, given
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cases import FUSED_DEVICE, Case, cases
+from cases import FUSED_DEVICE, Case, cases, interpreted
 from vig_ref import chunked, fused, gla, naive
 from vig_ref.fused import anchored, blocks, kernels, launch
 from vig_ref.tolerance import NAMES, Inputs, bounds, evaluate
@@ -295,7 +295,7 @@ def test_dyadic_results_are_the_true_ones():
         assert (fraction(got[name].tolist()) == expected[name]).all(), name
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="needs a machine without a GPU")
+@interpreted
 def test_a_broken_kernel_is_seen(monkeypatch):
     """A token that no longer reads itself, in the interpreted kernel: the dyadic tier turns red."""
     monkeypatch.setattr(anchored, "_reads", lambda C, REVERSE: blocks.ahead(not REVERSE, False, C))

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from cases import FUSED_ARITHMETIC, FUSED_DEVICE
+from cases import FUSED_ARITHMETIC, FUSED_DEVICE, interpreted
 from vig_ref import bidirectional_gla, fused, gla
 from vig_ref.fused import launch
 from vig_ref.tolerance import NAMES, RMS_LIMIT, draw, evaluate
@@ -119,7 +119,7 @@ def test_unknown_precision():
         fused.bidirectional_gla(*inputs()[:5], scale=1.0, precision="fast")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs a machine without a GPU")
+@interpreted
 def test_the_interpreter_has_one_precision():
     with pytest.raises(ValueError, match="'tf32' needs a GPU; Triton's interpreter multiplies as 'ieee' only"):
         fused.bidirectional_gla(*inputs()[:5], scale=1.0, precision="tf32")
@@ -130,7 +130,7 @@ def test_k_too_large():
         bidirectional_gla(*inputs(T=1, K=129)[:5], backend="fused")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs a machine without a GPU")
+@interpreted
 def test_cpu_tensors_are_refused_without_the_interpreter():
     code = """if True:
         import torch, vig_ref

@@ -11,11 +11,10 @@ import triton.language as tl
 from triton.runtime import interpreter as of_triton
 
 import interpreter
+from cases import interpreted
 from vig_ref import fused
 from vig_ref.fused import launch
 from vig_ref.tolerance import NAMES, draw, evaluate
-
-interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="needs a machine without a GPU")
 
 
 def evaluated(T, regime):

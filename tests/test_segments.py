@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cases import CHUNK, FUSED_ARITHMETIC, FUSED_DEVICE, LAYERS, device_of, every_second
+from cases import CHUNK, FUSED_ARITHMETIC, FUSED_DEVICE, LAYERS, device_of, every_second, interpreted
 from test_exact import HALF, dyadic, equal_bits
 from test_layers import check
 from vig_ref import bidirectional_gla, fused, gla, naive
@@ -31,6 +31,20 @@ LOG2 = float(-HALF)
 @pytest.fixture
 def segments_of(monkeypatch):
     return lambda tokens: monkeypatch.setattr(launch, "SEGMENT", tokens)
+
+
+@pytest.fixture
+def keep(monkeypatch):
+    """Keeps what the launcher's functions of these names allocate from now on: a list that grows."""
+    kept = []
+
+    def keep(*names: str) -> list[torch.Tensor]:
+        for name in names:
+            allocate = getattr(launch, name)
+            monkeypatch.setattr(launch, name, lambda *arguments, of=allocate: kept.append(of(*arguments)) or kept[-1])
+        return kept
+
+    return keep
 
 
 def set_bounds(monkeypatch, bound: float):
@@ -60,7 +74,6 @@ def recomputed(monkeypatch):
 
 #: Bounds with which every program takes one path.
 PATHS = {"fast path alone": -1e4, "path for every gate alone": 1.0}
-interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="needs a machine without a GPU")
 
 
 def one_head(x: Inputs) -> Inputs:
@@ -215,11 +228,10 @@ def test_a_sequence_is_cut_into_few_segments(T):
     assert tokens <= max(launch.SEGMENT, 2 * -(-T // launch.MAX_SEGMENTS) + C)
 
 
-def test_every_chunk_leaves_its_share_of_o_in_a_place_of_its_own(monkeypatch, segments_of):
+def test_every_chunk_leaves_its_share_of_o_in_a_place_of_its_own(keep, segments_of):
     """On a GPU programs run at the same time; here, one after the other, two could share a place unnoticed."""
     segments_of(32)
-    kept, allocate = [], launch._shares
-    monkeypatch.setattr(launch, "_shares", lambda *arguments: kept.append(allocate(*arguments)) or kept[-1])
+    kept = keep("_shares")
     x = Inputs(*(t.to(FUSED_DEVICE, torch.float32) for t in gentle(70, 5, 7, seed=0)))
     bidirectional_gla(*x[:5], scale=0.5, backend="fused")
     B, H, T, V = x.v.shape
@@ -227,13 +239,10 @@ def test_every_chunk_leaves_its_share_of_o_in_a_place_of_its_own(monkeypatch, se
     assert torch.equal(shares, gla(x.q, x.k, x.v, x.g_rev, reverse=True, scale=0.25, backend="naive"))
 
 
-def test_every_place_in_scratch_memory_is_written(monkeypatch, segments_of):
+def test_every_place_in_scratch_memory_is_written(keep, segments_of):
     """Fresh memory is NaN: heads, segments or blocks of V that share a place would leave another as it was."""
     segments_of(16)
-    kept = []
-    for name in ("_shares", "_states"):
-        allocate = getattr(launch, name)
-        monkeypatch.setattr(launch, name, lambda *arguments, of=allocate: kept.append(of(*arguments)) or kept[-1])
+    kept = keep("_shares", "_states")
     evaluate(fused.bidirectional_gla, on_device(1, 2, 32, 40, 35), scale=0.5)
     assert len(kept) == 3
     assert not any(memory.isnan().any() for memory in kept)

@@ -15,6 +15,8 @@ from vig_ref.fused import kernels
 #: Tokens per chunk: the smallest tile that the tensor cores take. Less is forgotten, so that the fast path serves
 #: more gates, and a program needs fewer registers.
 CHUNK = 16
+
+
 class Warps(NamedTuple):
     """Warps of a program: with bfloat16; with tf32; without tensor cores."""
 
@@ -283,7 +285,8 @@ def _options(
 def _far(*tensors: Tensor | None) -> bool:
     """Whether an offset inside a sequence may not fit in 32 bits. A block may end behind the last token and feature.
 
-    Scratch memory and parts of gradients need not be asked: no sequence there is longer than that of a gradient.
+    Not asked: parts of gradients, which lie closer together than the gradients, and scratch memory, where a segment
+    stays below 2^31 for every T that does.
     """
     there = [x for x in tensors if x is not None]
     return any((x.shape[2] + 2 * CHUNK) * x.stride(2) + (x.shape[3] + MAX_K) * x.stride(3) >= 2**31 for x in there)
