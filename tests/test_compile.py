@@ -82,12 +82,15 @@ def compile_all(tile, dtype, dot, wanted):
     for kind in (Launch(*each) for each in wanted):
         kernel = getattr(kernels, kind.kernel)
         backward = kind.kernel == "backward_kernel"
-        options = launch.constants(tuple(tile), dot, *kind.directions, backward=backward, far=kind.far)
+        dependent = kind.sm >= 90 and (kind.segments or kind.kernel == "combine_kernel")
+        options = launch.constants(
+            tuple(tile), dot, *kind.directions, backward=backward, far=kind.far, dependent=dependent
+        )
         if kind.kernel == "segment_kernel":
             options = launch.segment_constants(options, kind.own)
         if kind.kernel == "combine_kernel":
             options = launch.combine_constants(options, kind.own, 64)
-        compiler = {key: options.pop(key, None) for key in ("num_warps", "num_stages", "maxnreg")}
+        compiler = {key: options.pop(key, None) for key in ("num_warps", "num_stages", "maxnreg", "launch_pdl")}
         signature, constants, attributes = specialise(kernel.arg_names, dtype, kind, options)
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
         compiler = {key: value for key, value in compiler.items() if value is not None}

@@ -31,6 +31,7 @@ from vig_ref.fused.blocks import (
     exp2,
     load,
     load_gate,
+    negative,
     operand,
     other_share,
     scale_columns,
@@ -78,6 +79,12 @@ def _advance(S, before, g, LEFT: tl.constexpr, BV: tl.constexpr, BK: tl.constexp
 
 
 @triton.jit
+def least(a, b):
+    """The smaller one, or NaN: a gate of -inf gives either in a sum of gates."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _reads(C: tl.constexpr, REVERSE: tl.constexpr):
     """`[C, C]`: 1 where token i reads token j. A token reads itself in each direction."""
     i = tl.arange(0, C)[:, None]
@@ -89,9 +96,9 @@ def _reads(C: tl.constexpr, REVERSE: tl.constexpr):
 def forward_anchored(
     q, k, v, g, o, p_share, p_S_enter, i_enter, scale, start, end, T, K, V,
     REVERSE: tl.constexpr, OTHER: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One direction of the chunks `start .. end` of one sequence. Returns the smallest exponent met."""
+    """One direction of the chunks `start .. end` of one sequence. Returns the smallest exponents met."""
     before = tl.zeros((ROWS // 2, BK), ACC)
     lowest = before  # of the sums of gates between two middles
     S = entering(p_S_enter, i_enter, BV, BK, ACC)
@@ -101,28 +108,31 @@ def forward_anchored(
         b_k = load(k, n * C, T, K, C, BK)
         b_v = load(v, n * C, T, V, C, BV)
         b_vT = load(v, n * C, T, V, C, BV, TRANSPOSED=True)  # one load in two layouts could not be fetched ahead
-        b_g = load_gate(g, n * C, T, K, C, BK, ACC, LIMIT)
+        b_g = load_gate(g, n * C, T, K, C, BK, ACC)
         S, between, before = _advance(S, before, b_g, REVERSE, BV, BK, DOT)
-        lowest = tl.minimum(lowest, between)
+        lowest = least(lowest, between)
         b = sums(_middle(C, REVERSE), b_g, DOT)
         b_qE = b_q.to(ACC) * (exp2(b, DOT) * scale)
-        b_kE = b_k.to(ACC) * exp2(-b, DOT)
-        A = tl.where(_reads(C, REVERSE), dot(b_qE, tl.trans(b_kE), tl.zeros((C, C), ACC), DOT), 0.0)
-        b_o = dot(b_qE, tl.trans(S), other_share(p_share, n - start, REVERSE, OTHER, C, BV, ACC), DOT)
+        b_kE = b_k.to(ACC) * exp2(negative(b), DOT)
+        A = dot(b_qE, tl.trans(b_kE), tl.zeros((C, C), ACC), DOT)
+        # Rounded before the next product asks for them: what leaves its thread together waits at one barrier.
+        b_ST = operand(tl.trans(S), ACC, DOT)
+        A = operand(tl.where(_reads(C, REVERSE), A, 0.0), ACC, DOT)
+        b_o = dot(b_qE, b_ST, other_share(p_share, n - start, REVERSE, OTHER, C, BV, ACC), DOT)
         S = dot(b_vT, b_kE, S, DOT)
         b_o = dot(A, b_v, b_o, DOT)
         store_share(o, p_share, n - start, b_o, n * C, T, V, REVERSE, OTHER, C, BV)
-    return tl.min(tl.minimum(lowest, before))
+    return least(lowest, before)
 
 
 @triton.jit
 def _gradients(
-    q, k, v, do, dv, dA, g, S, dS, dg_S, scale,
+    q, k, v, do, dv, dA, g, S, dS, S_dS, scale,
     REVERSE: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One direction of one chunk, backward. S: the state at its middle; dS: its gradient after the chunk's tokens.
 
-    S and dS are rounded as the products want them; dg_S `[BK]` is <S, dS>, the same for all gates of the chunk.
+    S and dS are rounded as the products want them; S_dS `[BV, BK]` is the product of the unrounded one and the other.
 
     Returns dq, dk, dg, dv with what dS adds to it, the scores A, and q exp(b), which the next dS wants.
     """
@@ -130,12 +140,14 @@ def _gradients(
     zero_c = tl.zeros((C, C), ACC)
     b = sums(_middle(C, REVERSE), g, DOT)
     E = exp2(b, DOT)
-    E_inverse = exp2(-b, DOT)
+    E_inverse = exp2(negative(b), DOT)
     qE = operand(q.to(ACC) * (E * scale), ACC, DOT)
     kE = operand(k.to(ACC) * E_inverse, ACC, DOT)
-    A = tl.where(_reads(C, REVERSE), dot(qE, tl.trans(kE), zero_c, DOT), 0.0)
     dA = operand(tl.where(_reads(C, REVERSE), dA, 0.0), ACC, DOT)
-    dv = dot(kE, tl.trans(dS), dv, DOT)
+    dST = operand(tl.trans(dS), ACC, DOT)
+    S_dS = operand(S_dS, ACC, DOT)
+    A = tl.where(_reads(C, REVERSE), dot(qE, tl.trans(kE), zero_c, DOT), 0.0)
+    dv = dot(kE, dST, dv, DOT)
     dqE = dot(dA, kE, zero_k, DOT)
     dkE = dot(tl.trans(dA), qE, zero_k, DOT)
     pairs = qE.to(ACC) * dqE - kE.to(ACC) * dkE
@@ -144,9 +156,9 @@ def _gradients(
     dq = (dqE + reads) * (E * scale)
     dk = (dkE + writes) * E_inverse
     # The gate of t stands between the tokens behind it, itself included, and those before it, in the order of the scan.
-    dg = sums(ahead(REVERSE, True, C), pairs + qE.to(ACC) * reads, DOT)
+    dg = dot(tl.full((C, S_dS.shape[0]), 1.0, ACC), S_dS, zero_k, DOT)  # <S, dS>, the same for all gates of the chunk
+    dg += sums(ahead(REVERSE, True, C), pairs + qE.to(ACC) * reads, DOT)
     dg += sums(ahead(not REVERSE, False, C), kE.to(ACC) * writes, DOT)
-    dg += dg_S[None, :]
     return dq, dk, dg, dv, A, qE
 
 
@@ -155,9 +167,9 @@ def backward_anchored(
     q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter, i_enter,
     scale, start, end, T, K, V, SEGMENTS,
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of the chunks `start .. end` of one sequence. Returns the smallest exponent met."""
+    """All gradients of the chunks `start .. end` of one sequence. Returns the smallest exponents met."""
     none = tl.zeros((ROWS // 2, BK), ACC)
     S_rev = entering(p_S_enter, i_enter + SEGMENTS, BV, BK, ACC)
     dS_fwd = entering(p_dS_enter, i_enter, BV, BK, ACC)
@@ -166,18 +178,22 @@ def backward_anchored(
     for i in tl.range(end - start, num_stages=STAGES):
         n = end - 1 - i
         if REV:
-            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
+            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC)
             S_rev, _, S_before = _advance(S_rev, S_before, b_g, True, BV, BK, DOT)
+            b_kE = load(k, n * C, T, K, C, BK).to(ACC) * exp2(negative(sums(_middle(C, True), b_g, DOT)), DOT)
+            b_kE = operand(b_kE, ACC, DOT)
+        if FWD:
+            b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC)
+            dS_fwd, _, dS_before = _advance(dS_fwd, dS_before, b_g, True, BV, BK, DOT)
+            b_qE = load(q, n * C, T, K, C, BK).to(ACC) * (exp2(sums(_middle(C, False), b_g, DOT), DOT) * scale)
+            b_qE = operand(b_qE, ACC, DOT)
+        if REV:
             p_middle = scratch(p_S_rev, n - start, BV, BK)
             tl.store(p_middle, S_rev.to(p_middle.dtype.element_ty))
-            b_kE = load(k, n * C, T, K, C, BK).to(ACC) * exp2(-sums(_middle(C, True), b_g, DOT), DOT)
             S_rev = dot(load(v, n * C, T, V, C, BV, TRANSPOSED=True), b_kE, S_rev, DOT)
         if FWD:
-            b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
-            dS_fwd, _, dS_before = _advance(dS_fwd, dS_before, b_g, True, BV, BK, DOT)
             p_middle = scratch(p_dS_fwd, n - start, BV, BK)
             tl.store(p_middle, dS_fwd.to(p_middle.dtype.element_ty))
-            b_qE = load(q, n * C, T, K, C, BK).to(ACC) * (exp2(sums(_middle(C, False), b_g, DOT), DOT) * scale)
             dS_fwd = dot(load(do, n * C, T, V, C, BV, TRANSPOSED=True), b_qE, dS_fwd, DOT)
     tl.debug_barrier()  # what some threads of the program wrote, others read below
     S_fwd = entering(p_S_enter, i_enter, BV, BK, ACC)
@@ -198,12 +214,12 @@ def backward_anchored(
         b_dv = tl.zeros((C, BV), ACC)
         A = tl.zeros((C, C), ACC)
         if REV:
-            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
+            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC)
             b_S = tl.load(scratch(p_S_rev, n - start, BV, BK))
             dS_rev, between, dS_before = _advance(dS_rev, dS_before, b_g, False, BV, BK, DOT)
-            lowest = tl.minimum(lowest, between)
+            lowest = least(lowest, between)
             part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
-                b_q, b_k, b_v, b_do, b_dv, dA, b_g, b_S, dS_rev.to(b_S.dtype), tl.sum(b_S.to(ACC) * dS_rev, 0), scale,
+                b_q, b_k, b_v, b_do, b_dv, dA, b_g, b_S, dS_rev.to(b_S.dtype), b_S.to(ACC) * dS_rev, scale,
                 True, C, ACC, DOT,
             )  # fmt: skip
             dS_rev = dot(tl.trans(b_do), b_qE, dS_rev, DOT)
@@ -212,21 +228,22 @@ def backward_anchored(
             A += part_A
             store(dg_rev, tl.where(n * C + token == T - 1, 0.0, b_dg), n * C, T, K, C, BK)  # it has nothing to forget
         if FWD:
-            b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
+            b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC)
             b_dS = tl.load(scratch(p_dS_fwd, n - start, BV, BK))
             S_fwd, between, S_before = _advance(S_fwd, S_before, b_g, False, BV, BK, DOT)
-            lowest = tl.minimum(lowest, between)
+            lowest = least(lowest, between)
             part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
-                b_q, b_k, b_v, b_do, b_dv, dA, b_g, S_fwd.to(b_dS.dtype), b_dS, tl.sum(S_fwd * b_dS.to(ACC), 0), scale,
+                b_q, b_k, b_v, b_do, b_dv, dA, b_g, S_fwd.to(b_dS.dtype), b_dS, S_fwd * b_dS.to(ACC), scale,
                 False, C, ACC, DOT,
             )  # fmt: skip
-            S_fwd = dot(tl.trans(b_v), b_k.to(ACC) * exp2(-sums(_middle(C, False), b_g, DOT), DOT), S_fwd, DOT)
+            S_fwd = dot(tl.trans(b_v), b_k.to(ACC) * exp2(negative(sums(_middle(C, False), b_g, DOT)), DOT), S_fwd, DOT)
             b_dq += part_dq
             b_dk += part_dk
             A += part_A
             store(dg_fwd, tl.where(n * C + token == 0, 0.0, b_dg), n * C, T, K, C, BK)
+        b_AT = operand(tl.trans(A), ACC, DOT)
         store(dq, b_dq, n * C, T, K, C, BK)
         store(dk, b_dk, n * C, T, K, C, BK)
-        b_dv = dot(tl.trans(A), b_do, b_dv, DOT)
+        b_dv = dot(b_AT, b_do, b_dv, DOT)
         store(dv, b_dv, n * C, T, V, C, BV)
-    return tl.min(tl.minimum(lowest, tl.minimum(S_before, dS_before)))
+    return least(lowest, least(S_before, dS_before))

@@ -46,10 +46,15 @@ def load(x, i_t, T, D, C: tl.constexpr, BD: tl.constexpr, TRANSPOSED: tl.constex
 
 
 @triton.jit
-def load_gate(g, i_t, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, LIMIT: tl.constexpr):
-    """Log gates in base 2; 0 (keep all) behind the end. Clamped, since 0 * inf is NaN in a matrix product."""
-    b_g = load(g, i_t, T, K, C, BK).to(ACC) * LOG2E
-    return tl.maximum(b_g, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+def load_gate(g, i_t, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
+    """Log gates in base 2; 0 (keep all) behind the end."""
+    return load(g, i_t, T, K, C, BK).to(ACC) * LOG2E
+
+
+@triton.jit
+def load_any_gate(g, i_t, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, LIMIT: tl.constexpr):
+    """The same for gates that may be -inf. Clamped, since 0 * inf is NaN in a matrix product."""
+    return tl.maximum(load_gate(g, i_t, T, K, C, BK, ACC), -LIMIT, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -88,12 +93,22 @@ def other_share(
 def store_share(
     o, p_share, i, b_o, i_t, T, V, REVERSE: tl.constexpr, OTHER: tl.constexpr, C: tl.constexpr, BV: tl.constexpr
 ):
-    """The result, or what the reverse scan leaves to the forward one."""
+    """The result, or what the reverse scan leaves to the forward one.
+
+    Stored as `[2, C / 2, BV]`. A thread has rows r and r + C / 2 of a product; were it to store both too, Triton would
+    exchange the results in two rounds rather than one.
+    """
+    row = tl.arange(0, 2)[:, None, None] * (C // 2) + tl.arange(0, C // 2)[None, :, None]
+    col = tl.arange(0, BV)[None, None, :]
+    b_o = tl.reshape(b_o, (2, C // 2, BV))
     if OTHER and REVERSE:
-        p = scratch(p_share, i, C, BV)
+        p = p_share + i * C * BV + row * BV + col
         tl.store(p, b_o.to(p.dtype.element_ty))
     else:
-        store(o, b_o, i_t, T, V, C, BV)
+        pointer, stride_t, stride_d = o
+        row += i_t
+        p = pointer + (row * stride_t + col.to(row.dtype) * stride_d)
+        tl.store(p, b_o.to(p.dtype.element_ty), mask=(row < T) & (col < V))
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
@@ -145,6 +160,12 @@ def exp2(x, DOT: tl.constexpr):
         return libdevice.exp2(x)
     else:
         return tl.exp2(x)
+
+
+@triton.jit
+def negative(x):
+    """-x. Triton makes -x a subtraction from 0; this becomes a sign of the instruction that takes it."""
+    return x * -1.0
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from vig_ref.fused.blocks import (
     entering,
     exp2,
     load,
-    load_gate,
+    load_any_gate,
     other_share,
     scratch,
     store,
@@ -122,7 +122,7 @@ def forward_halving(
         b_q = load(q, n * C, T, K, C, BK).to(ACC) * scale
         b_k = load(k, n * C, T, K, C, BK).to(ACC)
         b_v = load(v, n * C, T, V, C, BV).to(ACC)
-        b_g = load_gate(g, n * C, T, K, C, BK, ACC, LIMIT)
+        b_g = load_any_gate(g, n * C, T, K, C, BK, ACC, LIMIT)
         b_o = other_share(p_share, n - start, REVERSE, OTHER, C, BV, ACC)
         b_o += tl.sum(b_q * b_k, 1)[:, None] * b_v  # token i reads itself
         b_qE = b_q * exp2(sums(ahead(not REVERSE, True, C), b_g, DOT), DOT)
@@ -149,14 +149,14 @@ def backward_halving(
             tl.store(p_edge, S_rev.to(p_edge.dtype.element_ty))
             b_k = load(k, n * C, T, K, C, BK)
             b_v = load(v, n * C, T, V, C, BV)
-            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
+            b_g = load_any_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
             S_rev = carry(S_rev, b_g, b_k, b_v, True, False, DOT)
         if FWD:
             p_edge = scratch(p_dS_fwd, n - start, BV, BK)
             tl.store(p_edge, dS_fwd.to(p_edge.dtype.element_ty))
             b_q = load(q, n * C, T, K, C, BK).to(ACC) * scale
             b_do = load(do, n * C, T, V, C, BV)
-            b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
+            b_g = load_any_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
             dS_fwd = carry(dS_fwd, b_g, b_q, b_do, True, True, DOT)
     tl.debug_barrier()  # what some threads of the program wrote, others read below
     S_fwd = entering(p_S_enter, i_enter, BV, BK, ACC)
@@ -174,7 +174,7 @@ def backward_halving(
         A = tl.zeros((C, C), ACC)
         dA = dot(b_do, tl.trans(b_v), A, DOT)
         if REV:
-            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
+            b_g = load_any_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
             b_S = tl.load(scratch(p_S_rev, n - start, BV, BK)).to(ACC)
             part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, b_S, dS_rev, True, C, LEVELS, ACC, DOT)
             part_dq, part_dk, b_dg, part_A, part_dv = part
@@ -185,7 +185,7 @@ def backward_halving(
             store(dg_rev, b_dg, n * C, T, K, C, BK)
             dS_rev = carry(dS_rev, b_g, b_q, b_do, False, True, DOT)
         if FWD:
-            b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
+            b_g = load_any_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
             b_dS = tl.load(scratch(p_dS_fwd, n - start, BV, BK)).to(ACC)
             part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, S_fwd, b_dS, False, C, LEVELS, ACC, DOT)
             part_dq, part_dk, b_dg, part_A, part_dv = part

@@ -11,25 +11,40 @@ Backward, the gradients of a chunk need S from one side and dS from the other, s
     left to right     carries S_fwd and dS_rev; reads those; writes all gradients
 
 The arithmetic of a chunk has two forms. `anchored.py` is fast, and exact for gates that do not forget too much within
-half a chunk; `halving.py` is exact for all. A program takes the first and looks at the smallest exponent that it met;
-if that is below BOUND, it takes the second and writes all its results again.
+half a chunk; `halving.py` is exact for all. A program takes the first and looks at the smallest exponents that it met;
+if one is below BOUND, or NaN, it takes the second and writes all its results again.
 
 A program holds the states `[BV, BK]` in registers; a V above BV is cut into blocks, which are independent: o, dv and
 rows of the states belong to one block each, while dq, dk and dg are sums over the blocks, left to the caller to add.
 
 A sequence longer than SEGMENT tokens is cut, so that few long ones fill a GPU too. Two small kernels come first then:
-`segment_kernel` finds what each segment adds to each state, `combine_kernel` the states that enter each segment.
+`segment_kernel` finds what each segment adds to each state, `combine_kernel` the states that enter each segment. The
+main kernels take the segments in the opposite order, so that what was read last may still be in the L2 cache.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
-from vig_ref.fused.anchored import backward_anchored, forward_anchored
-from vig_ref.fused.blocks import ROWS, carry, load, load_gate, scratch, sequence, total
+from vig_ref.fused.anchored import backward_anchored, forward_anchored, least
+from vig_ref.fused.blocks import ROWS, ahead, dot, exp2, load, load_any_gate, scratch, sequence, sums, total
 from vig_ref.fused.halving import backward_halving, forward_halving
 
 #: Arguments whose values Triton need not know: otherwise it compiles anew where one is 1, or a multiple of 16.
 SIZES = ["H", "T", "SEGMENT", "SEGMENTS"]
+
+
+@triton.jit
+def _wait(DEPENDENT: tl.constexpr):
+    """Until the kernel before has ended. DEPENDENT: this one may begin earlier, which hides what a launch takes."""
+    if DEPENDENT:
+        gdc_wait()
+
+
+@triton.jit
+def _exact(lowest, BOUND: tl.constexpr):
+    """Whether the fast path was: no exponent is NaN or below BOUND."""
+    return tl.min((lowest >= BOUND).to(tl.int32)) == 1
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -37,15 +52,17 @@ def forward_kernel(
     q, k, v, g_fwd, g_rev, o, p_share, p_S_enter, scale, H, T, K, V, SEGMENT,
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """o = scale * (sum over the directions of q S).  FWD, REV: which directions there are.
 
     INDEX: the integers of tokens, and so of all offsets inside a sequence.
     """
-    i_bh, i_v, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(INDEX)
-    i_b, i_h = i_bh // H, i_bh % H
+    _wait(DEPENDENT)
     SEGMENTS = tl.num_programs(2)
+    i_bh, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i_s = (SEGMENTS - 1 - tl.program_id(2)).to(INDEX)
+    i_b, i_h = i_bh // H, i_bh % H
     i_block = i_bh * tl.num_programs(1) + i_v
     q, k = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0)
     v, o = sequence(v, i_b, i_h, i_v * BV), sequence(o, i_b, i_h, i_v * BV)
@@ -55,22 +72,22 @@ def forward_kernel(
     i_enter = i_block * 2 * SEGMENTS + i_s
     if FWD and REV:
         p_share += (i_block * SEGMENTS + i_s) * SEGMENT * BV
-    lowest = tl.zeros((), ACC)
+    lowest = tl.zeros((ROWS // 2, BK), ACC)
     if REV:
         g_rev = sequence(g_rev, i_b, i_h, 0)
         lowest = forward_anchored(
             q, k, v, g_rev, o, p_share, p_S_enter, i_enter + SEGMENTS, scale, start, end, T, K, V,
-            True, FWD, C, BK, BV, ACC, DOT, LIMIT, STAGES,
+            True, FWD, C, BK, BV, ACC, DOT, STAGES,
         )  # fmt: skip
     tl.debug_barrier()  # what some threads of the program wrote, others read below
     if FWD:
         g_fwd = sequence(g_fwd, i_b, i_h, 0)
         lowest_fwd = forward_anchored(
             q, k, v, g_fwd, o, p_share, p_S_enter, i_enter, scale, start, end, T, K, V,
-            False, REV, C, BK, BV, ACC, DOT, LIMIT, STAGES,
+            False, REV, C, BK, BV, ACC, DOT, STAGES,
         )  # fmt: skip
-        lowest = tl.minimum(lowest, lowest_fwd)
-    if lowest < BOUND:
+        lowest = least(lowest, lowest_fwd)
+    if not _exact(lowest, BOUND):
         tl.debug_barrier()  # the fast path's last reads come before what is written over them
         if REV:
             forward_halving(
@@ -91,12 +108,14 @@ def backward_kernel(
     scale, H, T, K, V, SEGMENT,
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """All gradients of `forward_kernel` in one launch; the chunks' states are computed again rather than kept."""
-    i_bh, i_v, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(INDEX)
-    i_b, i_h = i_bh // H, i_bh % H
+    _wait(DEPENDENT)
     SEGMENTS = tl.num_programs(2)
+    i_bh, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i_s = (SEGMENTS - 1 - tl.program_id(2)).to(INDEX)
+    i_b, i_h = i_bh // H, i_bh % H
     i_block = i_bh * tl.num_programs(1) + i_v
     q, k = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0)
     v, do = sequence(v, i_b, i_h, i_v * BV), sequence(do, i_b, i_h, i_v * BV)
@@ -116,9 +135,9 @@ def backward_kernel(
     i_enter = i_block * 2 * SEGMENTS + i_s
     lowest = backward_anchored(
         q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter, i_enter,
-        scale, start, end, T, K, V, SEGMENTS, FWD, REV, C, BK, BV, ACC, DOT, LIMIT, STAGES,
+        scale, start, end, T, K, V, SEGMENTS, FWD, REV, C, BK, BV, ACC, DOT, STAGES,
     )  # fmt: skip
-    if lowest < BOUND:
+    if not _exact(lowest, BOUND):
         tl.debug_barrier()  # the fast path's last reads come before what is written over them
         backward_halving(
             q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter,
@@ -128,25 +147,30 @@ def backward_kernel(
 
 @triton.jit
 def _add_up(
-    x, y, g, scale, start, end, T, K, V,
+    x, y, g, start, end, T, K, V,
     LEFT: tl.constexpr, OWN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What the chunks `start .. end` alone add to a state that goes to the left (or right), and the log decay there."""
+    """What the chunks `start .. end` alone add to a state that goes to the left (or right), and the log decay there.
+
+    The chunk that the state meets last comes first. What tokens forget between their chunk and the end is then known
+    when they are met, and the state is a plain sum, y^T (x * decay to the end), in which no gate can overflow.
+    """
     S = tl.zeros((BV, BK), ACC)
     decay = tl.zeros((ROWS, BK), ACC)
     for i in tl.range(end - start, num_stages=STAGES):
-        n = end - 1 - i if LEFT else start + i
-        b_g = load_gate(g, n * C, T, K, C, BK, ACC, LIMIT)
-        b_x, b_y = load(x, n * C, T, K, C, BK).to(ACC) * scale, load(y, n * C, T, V, C, BV)
-        S = carry(S, b_g, b_x, b_y, LEFT, OWN, DOT)
+        n = start + i if LEFT else end - 1 - i
+        b_g = load_any_gate(g, n * C, T, K, C, BK, ACC, LIMIT)
+        b = tl.reshape(sums(ahead(LEFT, OWN, C), b_g, DOT), (C // ROWS, ROWS, BK)) + decay[None, :, :]
+        b_xE = load(x, n * C, T, K, C, BK).to(ACC) * exp2(tl.reshape(b, (C, BK)), DOT)
+        S = dot(load(y, n * C, T, V, C, BV, TRANSPOSED=True), b_xE, S, DOT)
         decay += total(b_g, DOT)
     return S, decay
 
 
 @triton.jit(do_not_specialize=SIZES)
 def segment_kernel(
-    x, y, g_fwd, g_rev, p_own, p_total, scale, H, T, K, V, SEGMENT,
+    x, y, g_fwd, g_rev, p_state, p_total, scale, H, T, K, V, SEGMENT,
     FWD: tl.constexpr, REV: tl.constexpr, OWN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -168,14 +192,12 @@ def segment_kernel(
     if FWD:
         g_fwd = sequence(g_fwd, i_b, i_h, 0)
         if i_direction == 0:
-            S, decay = _add_up(x, y, g_fwd, scale, start, end, T, K, V, OWN, OWN, C, BK, BV, ACC, DOT, LIMIT, STAGES)
+            S, decay = _add_up(x, y, g_fwd, start, end, T, K, V, OWN, OWN, C, BK, BV, ACC, DOT, LIMIT, STAGES)
     if REV:
         g_rev = sequence(g_rev, i_b, i_h, 0)
         if i_direction == 1:
-            S, decay = _add_up(
-                x, y, g_rev, scale, start, end, T, K, V, not OWN, OWN, C, BK, BV, ACC, DOT, LIMIT, STAGES
-            )
-    tl.store(scratch(p_own, i_own, BV, BK), S)
+            S, decay = _add_up(x, y, g_rev, start, end, T, K, V, not OWN, OWN, C, BK, BV, ACC, DOT, LIMIT, STAGES)
+    tl.store(scratch(p_state, i_own, BV, BK), S * scale)
     row = tl.arange(0, ROWS)[:, None]
     tl.store(p_total + i_own * BK + tl.arange(0, BK)[None, :] + 0 * row, decay, mask=row == 0)
 
@@ -188,10 +210,15 @@ def _then(decay_1, S_1, decay_2, S_2):
 
 @triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
-    p_own, p_total, p_enter, SEGMENTS,
+    p_state, p_total, SEGMENTS,
     OWN: tl.constexpr, N: tl.constexpr, ROWS_AT_ONCE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """The states that enter each segment: a scan over N >= SEGMENTS of them; a program does some rows of one state."""
+    """From what each segment adds to the states that enter each, in place: a scan over N >= SEGMENTS of them.
+
+    A program does some rows of one state, in all segments.
+    """
+    _wait(DEPENDENT)
     i_block, i_direction, i_row = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     i_own = (i_block * 2 + i_direction) * SEGMENTS
     position = tl.arange(0, N)
@@ -203,6 +230,7 @@ def combine_kernel(
     cells = tl.arange(0, ROWS_AT_ONCE * BK)[None, :]
     cell = i_row * ROWS_AT_ONCE * BK + cells
     decay = tl.load(p_total + last * BK + cells % BK, mask=there, other=0.0)
-    S = tl.load(p_own + last * BV * BK + cell, mask=there, other=0.0)
+    S = tl.load(p_state + last * BV * BK + cell, mask=there, other=0.0)
     _, S = tl.associative_scan((decay, S), 0, _then)
-    tl.store(p_enter + (i_own + segment)[:, None] * BV * BK + cell, S, mask=(position < SEGMENTS)[:, None])
+    tl.debug_barrier()  # all have read before any writes
+    tl.store(p_state + (i_own + segment)[:, None] * BV * BK + cell, S, mask=(position < SEGMENTS)[:, None])

@@ -30,9 +30,9 @@ class Warps(NamedTuple):
 #: than all is cut into blocks. The first two are the heads of ViG-H and ViG. (With tf32, products of 64 rows by four
 #: warps are wrong in Triton 3.6.)
 TILES = {(16, 32): Warps(1, 2, 4, 4), (32, 64): Warps(2, 4, 2, 4), (128, 32): Warps(4, 8, 8, 8)}
-#: Registers of a thread in the forward kernel: six programs of two warps then share a multiprocessor. Fewer spill; more
-#: leave room for four.
-REGISTERS = {(32, 64): 168}
+#: Registers of a thread where the compiler would take more than it needs: six programs of two warps, twelve of one,
+#: then share a multiprocessor. Fewer spill.
+REGISTERS = {"forward": {(16, 32): 168, (32, 64): 168}, "backward": {(16, 32): 168}}
 MAX_K = max(BK for BK, _ in TILES)
 #: Tokens per program: a longer sequence is cut into segments, never more than MAX_SEGMENTS. A constant, so that the
 #: result for an image does not depend on the batch that it is in.
@@ -147,13 +147,13 @@ def _enter(
     if not enter.numel():
         return
     blocks, _, segments, BV, _ = enter.shape
-    parts, decay = _entering(x, y), _decays(enter)
+    decay = _decays(enter)
     kernels.segment_kernel[2 * x.shape[0] * x.shape[1], _grid(y, BV)[1], segments](
-        *(_strided(each) for each in (x, y, g_fwd, g_rev)), parts, decay, scale, *_sizes(x, y),
+        *(_strided(each) for each in (x, y, g_fwd, g_rev)), enter, decay, scale, *_sizes(x, y),
         **segment_constants(options, own),
     )  # fmt: skip
     constants = combine_constants(options, own, segments)
-    kernels.combine_kernel[blocks, 2, BV // constants["ROWS_AT_ONCE"]](parts, decay, enter, segments, **constants)
+    kernels.combine_kernel[blocks, 2, BV // constants["ROWS_AT_ONCE"]](enter, decay, segments, **constants)
 
 
 @_forward.register_fake
@@ -279,7 +279,11 @@ def _options(
     if INTERPRETED:
         dot = "ieee"  # the interpreter multiplies the bit patterns of bfloat16
     there = g_fwd is not None, g_rev is not None
-    return constants(_tile(q, v), dot, *there, backward=backward, double=q.dtype == torch.float64, far=far)
+    hopper = not INTERPRETED and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    return constants(
+        _tile(q, v), dot, *there, backward=backward, double=q.dtype == torch.float64, far=far,
+        dependent=hopper and q.shape[2] > SEGMENT,
+    )  # fmt: skip
 
 
 def _far(*tensors: Tensor | None) -> bool:
@@ -298,20 +302,23 @@ def _tile(q: Tensor, v: Tensor) -> tuple[int, int]:
 
 
 def constants(
-    tile: tuple[int, int], dot: str, fwd: bool, rev: bool, *, backward: bool, double: bool = False, far: bool = False
-) -> dict:
+    tile: tuple[int, int], dot: str, fwd: bool, rev: bool, *, backward: bool, double: bool = False, far: bool = False,
+    dependent: bool = False,
+) -> dict:  # fmt: skip
     """The compile-time constants of a kernel for a tile of TILES, an arithmetic and the directions that there are.
 
     far: whether offsets inside a sequence need 64 bits. In 32 they cost fewer instructions and registers.
+    dependent: whether other kernels of ours come first, on a GPU that can launch this one before they have ended.
     """
+    which = "backward" if backward else "forward"
     return {
         "FWD": fwd, "REV": rev, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1, "BK": tile[0], "BV": tile[1],
         "ACC": kernels.tl.float64 if double else kernels.tl.float32,
         "INDEX": kernels.tl.int64 if far else kernels.tl.int32, "DOT": dot, "LIMIT": 2000.0 if double else 300.0,
         "BOUND": BOUND_BACKWARD[dot] if backward else BOUND,
-        "STAGES": STAGES if dot == "bf16" and tile[0] < MAX_K else 1,
-        "num_warps": _warps(tile, dot, "backward" if backward else "forward"), "num_stages": 1,
-        "maxnreg": None if backward else REGISTERS.get(tile),
+        "STAGES": STAGES if dot == "bf16" and tile[0] < MAX_K else 1, "DEPENDENT": dependent,
+        "num_warps": _warps(tile, dot, which), "num_stages": 1, "maxnreg": REGISTERS[which].get(tile),
+        "launch_pdl": dependent,
     }  # fmt: skip
 
 
@@ -333,4 +340,5 @@ def segment_constants(options: dict, own: bool) -> dict:
 def combine_constants(options: dict, own: bool, segments: int) -> dict:
     """The compile-time constants of `combine_kernel`: as many rows of a state at once as make 4096 numbers."""
     BK, BV, N = options["BK"], options["BV"], triton.next_power_of_2(segments)
-    return {"OWN": own, "N": N, "ROWS_AT_ONCE": min(BV, max(1, 4096 // (N * BK))), "BK": BK, "BV": BV, "num_warps": 4}
+    kept = {name: options[name] for name in ("BK", "BV", "DEPENDENT", "launch_pdl")}
+    return kept | {"OWN": own, "N": N, "ROWS_AT_ONCE": min(BV, max(1, 4096 // (N * BK))), "num_warps": 4}
