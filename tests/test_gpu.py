@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from vig_ref import ViG, ViGConfig, create_model, resolve_backend
+from vig_ref import ViG, ViGConfig, bidirectional_gla, create_model, resolve_backend
+from vig_ref.fused import launch
+from vig_ref.tolerance import draw
 
 pytestmark = pytest.mark.gpu
 CONFIG = ViGConfig(dim=64, num_heads=2, depth=2, silu=True)
@@ -72,6 +74,28 @@ def test_a_graph_can_be_captured_and_replayed():
         images.copy_(torch.randn_like(images))
         graph.replay()
         assert torch.equal(logits, model(images))
+
+
+def test_launches_that_overlap_can_be_captured():
+    """Three kernels a pass, of which each may be launched before the one ahead of it has ended."""
+    x = draw(2, 3, 3 * launch.SEGMENT + 5, 32, 64, regime="vig", dtype=torch.bfloat16, device="cuda")
+    leaves = [t.detach().requires_grad_() for t in x[:5]]
+
+    def step():
+        o = bidirectional_gla(*leaves, backend="fused")
+        return o, *torch.autograd.grad(o, leaves, x.do)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves[0].copy_(leaves[1])
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 
 
 def test_vig_tiny_takes_a_training_step():

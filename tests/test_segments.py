@@ -248,6 +248,31 @@ def test_every_place_in_scratch_memory_is_written(keep, segments_of):
     assert not any(memory.isnan().any() for memory in kept)
 
 
+@interpreted
+@pytest.mark.parametrize("bound", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("sizes", [(37, 32, 64), (37, 16, 32), (48, 32, 64)], ids=str)
+def test_states_may_be_kept_where_the_gradients_go(monkeypatch, segments_of, sizes, bound):
+    """As with bfloat16 on a GPU, for the heads of ViG: the same bits as with rounded states in scratch memory."""
+    segments_of(32)
+    set_bounds(monkeypatch, bound)
+    x = draw(2, 2, *sizes, regime="moderate", dtype=torch.bfloat16, gate_dtype=torch.float32)
+    states, got = launch._states, []
+    for place in (lambda *a: states(*a).bfloat16(), lambda q, *_: q.new_empty(0)):
+        monkeypatch.setattr(launch, "_states", place)
+        both = evaluate(fused.bidirectional_gla, x, scale=0.5)
+        got.append([*both.values(), *one_direction(x)])
+    assert all(torch.equal(a, b) and not a.isnan().any() for a, b in zip(*got, strict=True))
+
+
+def one_direction(x: Inputs) -> list[torch.Tensor]:
+    """Gradients of the scans alone, which keep one state for every chunk."""
+    grads = []
+    for g, reverse in ((x.g_fwd, False), (x.g_rev, True)):
+        leaves = [t.detach().clone().requires_grad_() for t in (x.q, x.k, x.v, g)]
+        grads += torch.autograd.grad(fused.gla(*leaves, reverse=reverse, scale=0.5), leaves, x.do)
+    return grads
+
+
 # --- paths -----------------------------------------------------------------------------------------------------------
 
 

@@ -29,13 +29,14 @@ from vig_ref.fused.blocks import (
     dot,
     entering,
     exp2,
+    keep,
+    kept,
     load,
     load_gate,
     negative,
     operand,
     other_share,
     scale_columns,
-    scratch,
     store,
     store_share,
     sums,
@@ -171,6 +172,7 @@ def backward_anchored(
 ):  # fmt: skip
     """All gradients of the chunks `start .. end` of one sequence. Returns the smallest exponents met."""
     none = tl.zeros((ROWS // 2, BK), ACC)
+    dv_right = dv[0] + BK * dv[2], dv[1], dv[2]
     S_rev = entering(p_S_enter, i_enter + SEGMENTS, BV, BK, ACC)
     dS_fwd = entering(p_dS_enter, i_enter, BV, BK, ACC)
     S_before = none
@@ -188,12 +190,10 @@ def backward_anchored(
             b_qE = load(q, n * C, T, K, C, BK).to(ACC) * (exp2(sums(_middle(C, False), b_g, DOT), DOT) * scale)
             b_qE = operand(b_qE, ACC, DOT)
         if REV:
-            p_middle = scratch(p_S_rev, n - start, BV, BK)
-            tl.store(p_middle, S_rev.to(p_middle.dtype.element_ty))
+            keep(S_rev, p_S_rev, n - start, dg_rev, dv, dv_right, n * C, T, C, BV, BK)
             S_rev = dot(load(v, n * C, T, V, C, BV, TRANSPOSED=True), b_kE, S_rev, DOT)
         if FWD:
-            p_middle = scratch(p_dS_fwd, n - start, BV, BK)
-            tl.store(p_middle, dS_fwd.to(p_middle.dtype.element_ty))
+            keep(dS_fwd, p_dS_fwd, n - start, dg_fwd, dq, dk, n * C, T, C, BV, BK)
             dS_fwd = dot(load(do, n * C, T, V, C, BV, TRANSPOSED=True), b_qE, dS_fwd, DOT)
     tl.debug_barrier()  # what some threads of the program wrote, others read below
     S_fwd = entering(p_S_enter, i_enter, BV, BK, ACC)
@@ -215,7 +215,7 @@ def backward_anchored(
         A = tl.zeros((C, C), ACC)
         if REV:
             b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC)
-            b_S = tl.load(scratch(p_S_rev, n - start, BV, BK))
+            b_S = kept(p_S_rev, n - start, dg_rev, dv, dv_right, n * C, T, C, BV, BK)
             dS_rev, between, dS_before = _advance(dS_rev, dS_before, b_g, False, BV, BK, DOT)
             lowest = least(lowest, between)
             part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
@@ -229,7 +229,7 @@ def backward_anchored(
             store(dg_rev, tl.where(n * C + token == T - 1, 0.0, b_dg), n * C, T, K, C, BK)  # it has nothing to forget
         if FWD:
             b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC)
-            b_dS = tl.load(scratch(p_dS_fwd, n - start, BV, BK))
+            b_dS = kept(p_dS_fwd, n - start, dg_fwd, dq, dk, n * C, T, C, BV, BK)
             S_fwd, between, S_before = _advance(S_fwd, S_before, b_g, False, BV, BK, DOT)
             lowest = least(lowest, between)
             part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(

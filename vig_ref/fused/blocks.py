@@ -70,6 +70,41 @@ def scratch(p, i, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def _kept(p_states, i, g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+    """Addresses `[BV, BK]` of a bfloat16 state kept for the i-th chunk, its tokens from i_t on, and the mask of those.
+
+    Scratch memory if there is some. Else where the chunk's gradients will be written: in that of the gate, g, float32
+    and so two rows of a state for every token, and one row a token in x_0 and x_1, if a state has that many rows. What
+    lies behind the last token is 0 in states from the right, and need not be kept.
+    """
+    row = tl.arange(0, BV)[:, None]
+    col = tl.arange(0, BK)[None, :]
+    if p_states is None:
+        token = tl.where(row < 2 * C, row // 2, row % C) + i_t
+        p = g[0].to(tl.pointer_type(tl.bfloat16)) + (token * (2 * g[1]) + row % 2 * BK + col)
+        if BV > 2 * C:
+            p_x = tl.where(row < 3 * C, x_0[0], x_1[0]) + (token * x_0[1] + col)
+            p = tl.where(row < 2 * C, p, p_x)
+        return p, (token < T) & (col < BK)
+    else:
+        return scratch(p_states, i, BV, BK), (row < BV) & (col < BK)
+
+
+@triton.jit
+def keep(S, p_states, i, g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+    """Keep a state for the second sweep."""
+    p, there = _kept(p_states, i, g, x_0, x_1, i_t, T, C, BV, BK)
+    tl.store(p, S.to(p.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def kept(p_states, i, g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+    """The state that was kept."""
+    p, there = _kept(p_states, i, g, x_0, x_1, i_t, T, C, BV, BK)
+    return tl.load(p, mask=there, other=0.0)
+
+
+@triton.jit
 def entering(p_enter, i, BV: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
     """The i-th state that enters a segment; zeros where there is only one segment."""
     if p_enter is None:

@@ -19,10 +19,11 @@ from vig_ref.fused.blocks import (
     dot,
     entering,
     exp2,
+    keep,
+    kept,
     load,
     load_any_gate,
     other_share,
-    scratch,
     store,
     store_share,
     sums,
@@ -140,20 +141,19 @@ def backward_halving(
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """All gradients of the chunks `start .. end` of one sequence; the states are computed again rather than kept."""
+    dv_right = dv[0] + BK * dv[2], dv[1], dv[2]
     S_rev = entering(p_S_enter, i_enter + SEGMENTS, BV, BK, ACC)
     dS_fwd = entering(p_dS_enter, i_enter, BV, BK, ACC)
     for i in range(end - start):
         n = end - 1 - i
         if REV:
-            p_edge = scratch(p_S_rev, n - start, BV, BK)
-            tl.store(p_edge, S_rev.to(p_edge.dtype.element_ty))
+            keep(S_rev, p_S_rev, n - start, dg_rev, dv, dv_right, n * C, T, C, BV, BK)
             b_k = load(k, n * C, T, K, C, BK)
             b_v = load(v, n * C, T, V, C, BV)
             b_g = load_any_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
             S_rev = carry(S_rev, b_g, b_k, b_v, True, False, DOT)
         if FWD:
-            p_edge = scratch(p_dS_fwd, n - start, BV, BK)
-            tl.store(p_edge, dS_fwd.to(p_edge.dtype.element_ty))
+            keep(dS_fwd, p_dS_fwd, n - start, dg_fwd, dq, dk, n * C, T, C, BV, BK)
             b_q = load(q, n * C, T, K, C, BK).to(ACC) * scale
             b_do = load(do, n * C, T, V, C, BV)
             b_g = load_any_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
@@ -175,7 +175,7 @@ def backward_halving(
         dA = dot(b_do, tl.trans(b_v), A, DOT)
         if REV:
             b_g = load_any_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
-            b_S = tl.load(scratch(p_S_rev, n - start, BV, BK)).to(ACC)
+            b_S = kept(p_S_rev, n - start, dg_rev, dv, dv_right, n * C, T, C, BV, BK).to(ACC)
             part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, b_S, dS_rev, True, C, LEVELS, ACC, DOT)
             part_dq, part_dk, b_dg, part_A, part_dv = part
             b_dq += part_dq
@@ -186,7 +186,7 @@ def backward_halving(
             dS_rev = carry(dS_rev, b_g, b_q, b_do, False, True, DOT)
         if FWD:
             b_g = load_any_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
-            b_dS = tl.load(scratch(p_dS_fwd, n - start, BV, BK)).to(ACC)
+            b_dS = kept(p_dS_fwd, n - start, dg_fwd, dq, dk, n * C, T, C, BV, BK).to(ACC)
             part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, S_fwd, b_dS, False, C, LEVELS, ACC, DOT)
             part_dq, part_dk, b_dg, part_A, part_dv = part
             b_dq += part_dq

@@ -129,9 +129,13 @@ def backward_kernel(
     V -= i_v * BV
     start = i_s * (SEGMENT // C)
     end = tl.minimum(start + SEGMENT // C, tl.cdiv(T, C))
-    i_state = (i_block * SEGMENTS + i_s) * (SEGMENT // C) * BV * BK
-    p_S_rev += i_state
-    p_dS_fwd += i_state
+    if p_S_rev is None:  # states are kept where the gradients go: there are no features to mask
+        K = BK
+        V = BV
+    else:
+        i_state = (i_block * SEGMENTS + i_s) * (SEGMENT // C) * BV * BK
+        p_S_rev += i_state
+        p_dS_fwd += i_state
     i_enter = i_block * 2 * SEGMENTS + i_s
     lowest = backward_anchored(
         q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter, i_enter,

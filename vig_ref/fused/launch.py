@@ -130,8 +130,8 @@ def _backward(
         kernels.backward_kernel[_grid(v, options["BV"])](
             *(_strided(x) for x in (q, k, v, g_fwd, g_rev, do)),
             dq, dk, dv, None if g_fwd is None else dg[0], None if g_rev is None else dg[-1],
-            _states(v, options), _states(v, options), _or_none(S_enter), _or_none(dS_enter), scale, *_sizes(q, v),
-            **options,
+            *(_or_none(_states(q, v, parts, options)) for _ in range(2)), _or_none(S_enter), _or_none(dS_enter),
+            scale, *_sizes(q, v), **options,
         )  # fmt: skip
     for grad, part in zip(grads, parts, strict=True):
         if part is not grad:
@@ -167,6 +167,7 @@ def _(q, k, v, g_fwd, g_rev, S_enter, do, scale, precision):
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # S_enter has no gradient, and needs no zeros for one
     *tensors, ctx.scale, ctx.precision = inputs
     ctx.save_for_backward(*tensors, output[1])
 
@@ -228,9 +229,16 @@ def _or_none(x: Tensor) -> Tensor | None:
     return x if x.numel() else None
 
 
-def _states(v: Tensor, options: dict) -> Tensor:
-    """Scratch memory for a state of every chunk."""
-    return _scratch(v, options, options["BV"], options["BK"])
+def _states(q: Tensor, v: Tensor, grads: list[Tensor], options: dict) -> Tensor:
+    """Scratch memory for a state of every chunk, unless the gradients of the chunk's tokens are to lie where two fit.
+
+    They do with the heads of ViG, bfloat16 and gates in float32: 512 bytes a token for its gradients, 512 for states.
+    """
+    BK, BV = options["BK"], options["BV"]
+    full = (q.shape[3], v.shape[3]) == (BK, BV) and BV <= 4 * CHUNK
+    if full and options["DOT"] == "bf16" and all(dg.dtype == torch.float32 for dg in grads[3:]):
+        return v.new_empty(0)
+    return _scratch(v, options, BV, BK)
 
 
 def _shares(v: Tensor, options: dict) -> Tensor:
