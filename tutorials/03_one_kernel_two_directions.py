@@ -167,7 +167,8 @@ equal("E = exp2(M g), kernel = chunked", E, E_chunked)
 # Two details that cost somebody a day each:
 #
 # - **A gate of −∞.** $0 \cdot \infty$ is NaN, so a product $M g$ with an infinite gate is NaN even where $M$ is 0.
-#   The library's `load_gate` clamps log gates far below the point where the exponential is 0 anyway.
+#   The library clamps log gates far below the point where the exponential is 0 anyway (`load_any_gate`), or lets
+#   the NaN say that a faster way does not serve this gate (section 7).
 # - **What M is made of.** Zeros, ones and minus ones would fit in int8. On an H200, with Triton 3.6, converting int8 to
 #   bfloat16 in a block `[16, 16]` with 4 warps gave *wrong values*: no error, no NaN. It was found only because every
 #   configuration is compared with the oracle before it is timed. So M is made of floats. The interpreter cannot show
@@ -353,8 +354,9 @@ print("a share of o:", half * V, "bytes a token; a state a chunk:", half * K * V
 #
 # In the backward pass a share would not do: the gradients of a chunk want $S$ from one side and $dS$ from the other. Its first
 # sweep carries the reverse state and the gradient of the forward one, and leaves both for every chunk, `[BV, BK]`; the
-# second carries the other two. Not one state a token: chapter 2's argument. And not in registers, of which a whole
-# multiprocessor (SM) has 256 KiB, to be shared by several programs:
+# second carries the other two. Not one state a token: chapter 2's argument. (With ViG's heads they need no memory of
+# their own: rounded to bfloat16 they fit where the gradients of the chunk's tokens will be written next.) And not in
+# registers, of which a whole multiprocessor (SM) has 256 KiB, to be shared by several programs:
 
 # %%
 states = triton.cdiv(196, launch.CHUNK)  # T = 196
@@ -410,10 +412,11 @@ for function in (anchored._middle, anchored._first_and_last_half, anchored._adva
 # A moved boundary without a check only moves the gate at which a kernel fails. But `_advance` has just summed the gates
 # from one middle to the next, and the sweep keeps the smallest of these sums in `lowest` (for the far half of a sweep's last
 # chunk, which lies between no two middles, that is done after the loop). Every half of a chunk is part of one such sum,
-# so no exponent is larger in size. So the program *knows* when it has gone too far, and the kernel, first the fast path for
-# both directions, ends like this:
+# so no exponent is larger in size. A gate of −∞ makes a sum −∞ or NaN, and neither is taken for exact. So the program
+# *knows* when it has gone too far, and the kernel, first the fast path for both directions, ends like this:
 
 # %%
+show(kernels._exact)
 show(kernels.forward_kernel, "lowest = tl.zeros")
 print(f"BOUND = {launch.BOUND}")
 
