@@ -354,7 +354,7 @@ MUTANTS = [
     Mutant("forward: entering states counted block by block", KERNELS, "i_enter = i_block * 2 * SEGMENTS + i_s\n    if FWD", "i_enter = (i_v * tl.num_programs(0) + i_bh) * 2 * SEGMENTS + i_s\n    if FWD"),
     Mutant("backward: entering states of the first image", KERNELS, "i_enter = i_block * 2 * SEGMENTS + i_s\n    lowest = backward_anchored(", "i_enter = (i_h * tl.num_programs(1) + i_v) * 2 * SEGMENTS + i_s\n    lowest = backward_anchored("),
     Mutant("launch: scratch memory for the tokens there are", LAUNCH, "chunks = segments * (_segment(v.shape[2]) // options[\"C\"])", "chunks = triton.cdiv(v.shape[2], options[\"C\"])"),
-    Mutant("launch: 33 bits taken for 32", LAUNCH, ">= 2**31 for x", ">= 2**32 for x"),
+    Mutant("launch: 33 bits taken for 32", LAUNCH, ">= 2**30 for x", ">= 2**31 for x"),
     Mutant("launch: gates may lie farther than values", LAUNCH, "_far(q, k, v, g_fwd, g_rev, o)", "_far(q, k, v, o)"),
     Mutant("launch: entering states in the dtype of v", LAUNCH, "    wide = torch.promote_types(v.dtype, torch.float32)\n    if v.shape[2] <= SEGMENT:", "    wide = v.dtype\n    if v.shape[2] <= SEGMENT:"),
     Mutant("launch: no room for large inputs", LAUNCH, "\nBOUND = -80.0", "\nBOUND = -120.0"),

@@ -321,12 +321,13 @@ def test_first_gate_of_each_scan_has_no_gradient_on_either_path(monkeypatch, bou
 
 
 @interpreted
+@pytest.mark.parametrize("gate", [-100.0, -INF])
 @pytest.mark.parametrize(("reverse", "t"), [(False, 5), (True, 27)])
-def test_one_strong_gate_makes_one_segment_compute_again(segments_of, recomputed, reverse, t):
+def test_one_strong_gate_makes_one_segment_compute_again(segments_of, recomputed, reverse, t, gate):
     """A gate of the chunk that the scan meets first, so that the last exponent is a small one."""
     segments_of(32)
     x = on_device(1, 1, 49, 3, 4, regime="keep")
-    x[3 + reverse][:, :, t, 1] = -INF
+    x[3 + reverse][:, :, t, 1] = gate
     judge(x)
     assert set(recomputed) == {("forward", 0, 32), ("backward", 0, 32)}
 

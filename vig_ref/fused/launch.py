@@ -295,13 +295,14 @@ def _options(
 
 
 def _far(*tensors: Tensor | None) -> bool:
-    """Whether an offset inside a sequence may not fit in 32 bits. A block may end behind the last token and feature.
+    """Whether an offset inside a sequence may not fit in 32 bits. A block may end behind the last token and feature,
+    and states in the memory of a gate's gradient are counted in bfloat16, twice as many.
 
     Not asked: parts of gradients, which lie closer together than the gradients, and scratch memory, where a segment
     stays below 2^31 for every T that does.
     """
     there = [x for x in tensors if x is not None]
-    return any((x.shape[2] + 2 * CHUNK) * x.stride(2) + (x.shape[3] + MAX_K) * x.stride(3) >= 2**31 for x in there)
+    return any((x.shape[2] + 2 * CHUNK) * x.stride(2) + (x.shape[3] + MAX_K) * x.stride(3) >= 2**30 for x in there)
 
 
 def _tile(q: Tensor, v: Tensor) -> tuple[int, int]:
