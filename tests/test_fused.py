@@ -93,6 +93,13 @@ def test_memory_around_the_tensors_is_neither_read_nor_written(monkeypatch, V):
         assert (memory == canary).all()
 
 
+def test_nothing_depends_on_the_result():
+    """Autograd then has no gradient to hand on, and wants none back."""
+    q, *others = (t.requires_grad_() for t in inputs()[:5])
+    _, S_enter = launch._forward(q, *others, 0.5, "ieee")
+    assert torch.autograd.grad(S_enter.sum(), q, allow_unused=True) == (None,)
+
+
 def test_double_backward_is_refused():
     leaves = [t.requires_grad_() for t in inputs()[:5]]
     o = bidirectional_gla(*leaves, backend="fused")

@@ -70,38 +70,41 @@ def scratch(p, i, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _kept(p_states, i, g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
-    """Addresses `[BV, BK]` of a bfloat16 state kept for the i-th chunk, its tokens from i_t on, and the mask of those.
+def _in_gradients(g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+    """Addresses `[BV, BK]` of a bfloat16 state where gradients of the tokens from i_t on will lie, and a mask.
 
-    Scratch memory if there is some. Else where the chunk's gradients will be written: in that of the gate, g, float32
-    and so two rows of a state for every token, and one row a token in x_0 and x_1, if a state has that many rows. What
-    lies behind the last token is 0 in states from the right, and need not be kept.
+    That of the gate, g, is float32 and has room for two rows of a state for every token; x_0 and x_1, wanted if a state
+    has more rows, for one. What lies behind the last token is 0 in states from the right, and need not be kept.
     """
     row = tl.arange(0, BV)[:, None]
     col = tl.arange(0, BK)[None, :]
-    if p_states is None:
-        token = tl.where(row < 2 * C, row // 2, row % C) + i_t
-        p = g[0].to(tl.pointer_type(tl.bfloat16)) + (token * (2 * g[1]) + row % 2 * BK + col)
-        if BV > 2 * C:
-            p_x = tl.where(row < 3 * C, x_0[0], x_1[0]) + (token * x_0[1] + col)
-            p = tl.where(row < 2 * C, p, p_x)
-        return p, (token < T) & (col < BK)
-    else:
-        return scratch(p_states, i, BV, BK), (row < BV) & (col < BK)
+    token = tl.where(row < 2 * C, row // 2, row % C) + i_t
+    p = g[0].to(tl.pointer_type(tl.bfloat16)) + (token * (2 * g[1]) + row % 2 * BK + col)
+    if BV > 2 * C:
+        p_x = tl.where(row < 3 * C, x_0[0], x_1[0]) + (token * x_0[1] + col)
+        p = tl.where(row < 2 * C, p, p_x)
+    return p, (token < T) & (col < BK)
 
 
 @triton.jit
 def keep(S, p_states, i, g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
-    """Keep a state for the second sweep."""
-    p, there = _kept(p_states, i, g, x_0, x_1, i_t, T, C, BV, BK)
-    tl.store(p, S.to(p.dtype.element_ty), mask=there)
+    """Keep the i-th chunk's state for the second sweep: in scratch memory, or else where its gradients will be."""
+    if p_states is None:
+        p, there = _in_gradients(g, x_0, x_1, i_t, T, C, BV, BK)
+        tl.store(p, S.to(p.dtype.element_ty), mask=there)
+    else:
+        p = scratch(p_states, i, BV, BK)
+        tl.store(p, S.to(p.dtype.element_ty))
 
 
 @triton.jit
 def kept(p_states, i, g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
     """The state that was kept."""
-    p, there = _kept(p_states, i, g, x_0, x_1, i_t, T, C, BV, BK)
-    return tl.load(p, mask=there, other=0.0)
+    if p_states is None:
+        p, there = _in_gradients(g, x_0, x_1, i_t, T, C, BV, BK)
+        return tl.load(p, mask=there, other=0.0)
+    else:
+        return tl.load(scratch(p_states, i, BV, BK))
 
 
 @triton.jit

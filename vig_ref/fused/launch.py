@@ -173,6 +173,8 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, do, _):
+    if do is None:  # nothing depends on o
+        return (None,) * 7
     q, k, v, g_fwd, g_rev, S_enter = ctx.saved_tensors
     dq, dk, dv, *dg = _backward(q, k, v, g_fwd, g_rev, S_enter, do, ctx.scale, ctx.precision)
     dg_fwd = None if g_fwd is None else dg[0]
