@@ -107,6 +107,8 @@ def specialise(names, dtype, kind, options):
     absent = {f"{gate}_{end}" for end in ends for gate in ("g", "dg")}
     if not kind.segments and kind.kernel in ("forward_kernel", "backward_kernel"):
         absent |= {"p_S_enter", "p_dS_enter"}
+    if (dtype, kind.gates) == ("bf16", "fp32") and not kind.parts:
+        absent |= {"p_S_rev", "p_dS_fwd"}  # no scratch memory for states: they are kept where the gradients go
     for i, name in enumerate(names):
         if name in options:
             signature[name] = "constexpr"

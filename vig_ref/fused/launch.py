@@ -283,16 +283,16 @@ def _options(
     q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, precision: str, *, backward: bool, far: bool
 ) -> dict:
     """The compile-time constants of a launch."""
-    if not INTERPRETED and torch.cuda.get_device_capability(q.device) < (8, 0):
+    capability = (8, 0) if INTERPRETED else torch.cuda.get_device_capability(q.device)
+    if capability < (8, 0):
         raise ValueError("backend 'fused' needs a GPU of compute capability 8.0 or newer; choose 'chunked' or 'naive'")
     dot = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(q.dtype, precision)
     if INTERPRETED:
         dot = "ieee"  # the interpreter multiplies the bit patterns of bfloat16
     there = g_fwd is not None, g_rev is not None
-    hopper = not INTERPRETED and torch.cuda.get_device_capability(q.device) >= (9, 0)
     return constants(
         _tile(q, v), dot, *there, backward=backward, double=q.dtype == torch.float64, far=far,
-        dependent=hopper and q.shape[2] > SEGMENT,
+        dependent=capability >= (9, 0) and q.shape[2] > SEGMENT,
     )  # fmt: skip
 
 
