@@ -118,6 +118,8 @@ def red_zones():
     def guarded(allocate):
         def allocate_between_canaries(*arguments):
             x = allocate(*arguments)
+            if any(x is argument for argument in arguments):
+                return x
             memory = x.new_full((x.numel() + 2 * margin,), canary)
             memory[margin:-margin] = torch.nan
             if not isinstance(memory, FakeTensor):
@@ -127,7 +129,7 @@ def red_zones():
         return allocate_between_canaries
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_empty", "_parts", "_states", "_shares", "_entering", "_decays"):
+        for name in ("_empty", "_parts", "_states", "_share", "_entering", "_decays"):
             patch.setattr(launch, name, guarded(getattr(launch, name)))
         yield
     for memory in memories:

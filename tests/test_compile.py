@@ -122,6 +122,7 @@ def specialise(names, dtype, kind, options):
         else:
             pointer = kind.gates if name.startswith(("g_", "dg_")) else dtype
             pointer = "fp32" if kind.parts and name in ("dq", "dk", "dg_fwd", "dg_rev") else pointer
+            pointer = "fp32" if (name, dtype) == ("share", "fp16") else pointer
             if kind.strided:
                 signature[name] = (f"*{pointer}", "i64", "i64", "i64", "i64")
             else:

@@ -83,7 +83,7 @@ def test_memory_around_the_tensors_is_neither_read_nor_written(monkeypatch, V):
 
     monkeypatch.setattr(launch, "_empty", empty)
     monkeypatch.setattr(launch, "_states", scratch(launch._states))
-    monkeypatch.setattr(launch, "_shares", scratch(launch._shares))
+    monkeypatch.setattr(launch, "_share", scratch(launch._share))
     monkeypatch.setattr(launch, "_parts", scratch(launch._parts))
     got = evaluate(bidirectional_gla, type(x)(*(framed(t, torch.nan)[0] for t in x)), backend="fused")
     assert len(results) == 6

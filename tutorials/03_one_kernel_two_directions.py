@@ -283,8 +283,8 @@ check(reverse_in_chunks)
 # \overleftarrow{S}_t)$. Can one program do both? Token $t$ needs what lies left of it and what lies right of it, and a
 # program meets chunks one after the other. So it walks twice:
 #
-# 1. **right to left**: carry $\overleftarrow{S}$, and leave what this scan adds to o, the chunk's *share*, in scratch
-#    memory;
+# 1. **right to left**: carry $\overleftarrow{S}$, and leave what this scan adds to o, the chunk's *share*, in memory,
+#    as a rule where o will be;
 # 2. **left to right**: carry $\overrightarrow{S}$, add the share, and write o.
 #
 # No program waits for another, or reads what another wrote. That is why one launch is enough. Inside a program, a
@@ -297,7 +297,7 @@ ch03.sweeps()
 # *Both sweeps over four chunks.*
 #
 # Here is a sweep in the real kernel. `REVERSE`, the direction, and `OTHER`, whether the other one is wanted too, are
-# compile-time constants: `gla`, one direction, is the same code without the scratch memory.
+# compile-time constants: `gla`, one direction, is the same code without a share.
 
 # %%
 show(anchored.forward_anchored, "for i in tl.range", "store_share")
@@ -312,10 +312,11 @@ for function in (blocks.other_share, blocks.store_share):
     show(function)
 
 # %% [markdown]
-# Let us look into the scratch memory. The launcher allocates it in `_shares`; we keep a reference, and call the operator.
+# Let us look at the share. The launcher finds a place for it in `_share`: o itself, or memory of its own where rows of o are
+# too short to fill a cache line, as ours are. We keep a reference, and call the operator.
 
 # %%
-kept, allocate = [], launch._shares
+kept, allocate = [], launch._share
 
 
 def keep(*args):
@@ -324,10 +325,10 @@ def keep(*args):
 
 
 y = tolerance.draw(B=1, H=1, T=40, K=8, V=12, regime="vig")
-with mock.patch.object(launch, "_shares", keep):
+with mock.patch.object(launch, "_share", keep):
     vig_ref.bidirectional_gla(*y[:5], backend="fused")
-print("the launcher's scratch memory:", list(kept[0].shape), kept[0].dtype)
-share = kept[0].flatten(0, 1)[:40, :12]  # padded: chunks of 16 tokens, 32 columns  [T, V]
+print("memory for the share:", list(kept[0].shape), kept[0].dtype)
+share = kept[0][0, 0]  # [T, V]
 
 # %% [markdown]
 # **Predict**: what should the share of a token be?
@@ -341,7 +342,7 @@ equal("the share = half of the reverse scan", share, vig_ref.gla(y.q, y.k, y.v, 
 # Both directions read the same q and k, so one could do the work of a chunk for both at once. The first sweep would leave
 # the reverse *state* of each chunk, and the second, with both states at hand, take one `A` for both directions (lower triangle
 # from one scan, upper from the other), and one product $A v$. Fewer products, and our kernel began like this. Count the
-# bytes that go through the scratch memory for a token of ViG-T, and what a program holds in registers:
+# bytes that go through memory between the sweeps for a token of ViG-T, and what a program holds in registers:
 
 # %%
 K, V, half = 32, 64, 2  # ViG-T; bytes of bfloat16
@@ -625,12 +626,12 @@ print(f"state in memory: {factor:.0f} times the bytes, {tokens * loop_bytes / CO
 
 # %%
 again = 2 * (2 * K + V)  # q, k, v in the other sweep
-scratch_bytes = 2 * 2 * V  # a share, bfloat16, written and read
-most_bytes = floor_bytes[4] + again + scratch_bytes
+share_bytes = 2 * 2 * V  # a share of o, bfloat16, written and read
+most_bytes = floor_bytes[4] + again + share_bytes
 print("as the library counts:", most_bytes == traffic.fused(K, V, T=196)["forward"])
 low, high = (tokens * n / COPY * 1e6 for n in (floor_bytes[4], most_bytes))
 print(f"{floor_bytes[4]} to {most_bytes} bytes a token and head: {low:.0f} to {high:.0f} µs")
-between = tokens * (again + scratch_bytes / 2) / 2**20
+between = tokens * (again + share_bytes / 2) / 2**20
 print(f"between its sweeps the whole grid would leave {between:.0f} MiB in the L2 cache, which has 50")
 
 # %% [markdown]

@@ -95,7 +95,7 @@ def _reads(C: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def forward_anchored(
-    q, k, v, g, o, p_share, p_S_enter, i_enter, scale, start, end, T, K, V,
+    q, k, v, g, o, share, p_S_enter, i_enter, scale, start, end, T, K, V,
     REVERSE: tl.constexpr, OTHER: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -119,10 +119,10 @@ def forward_anchored(
         # Rounded before the next product asks for them: what leaves its thread together waits at one barrier.
         b_ST = operand(tl.trans(S), ACC, DOT)
         A = operand(tl.where(_reads(C, REVERSE), A, 0.0), ACC, DOT)
-        b_o = dot(b_qE, b_ST, other_share(p_share, n - start, REVERSE, OTHER, C, BV, ACC), DOT)
+        b_o = dot(b_qE, b_ST, other_share(share, n * C, T, V, REVERSE, OTHER, C, BV, ACC), DOT)
         S = dot(b_vT, b_kE, S, DOT)
         b_o = dot(A, b_v, b_o, DOT)
-        store_share(o, p_share, n - start, b_o, n * C, T, V, REVERSE, OTHER, C, BV)
+        store_share(o, share, b_o, n * C, T, V, REVERSE, OTHER, C, BV)
     return least(lowest, before)
 
 
@@ -151,14 +151,13 @@ def _gradients(
     dv = dot(kE, dST, dv, DOT)
     dqE = dot(dA, kE, zero_k, DOT)
     dkE = dot(tl.trans(dA), qE, zero_k, DOT)
-    pairs = qE.to(ACC) * dqE - kE.to(ACC) * dkE
-    reads = dot(do, S, zero_k, DOT)
+    dqE = dot(do, S, dqE, DOT)
     writes = dot(v, dS, zero_k, DOT)
-    dq = (dqE + reads) * (E * scale)
+    dq = dqE * (E * scale)
     dk = (dkE + writes) * E_inverse
     # The gate of t stands between the tokens behind it, itself included, and those before it, in the order of the scan.
     dg = dot(tl.full((C, S_dS.shape[0]), 1.0, ACC), S_dS, zero_k, DOT)  # <S, dS>, the same for all gates of the chunk
-    dg += sums(ahead(REVERSE, True, C), pairs + qE.to(ACC) * reads, DOT)
+    dg += sums(ahead(REVERSE, True, C), qE.to(ACC) * dqE - kE.to(ACC) * dkE, DOT)
     dg += sums(ahead(not REVERSE, False, C), kE.to(ACC) * writes, DOT)
     return dq, dk, dg, dv, A, qE
 
@@ -168,16 +167,15 @@ def backward_anchored(
     q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter, i_enter,
     scale, start, end, T, K, V, SEGMENTS,
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, STATES_STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gradients of the chunks `start .. end` of one sequence. Returns the smallest exponents met."""
     none = tl.zeros((ROWS // 2, BK), ACC)
-    dv_right = dv[0] + BK * dv[2], dv[1], dv[2]
     S_rev = entering(p_S_enter, i_enter + SEGMENTS, BV, BK, ACC)
     dS_fwd = entering(p_dS_enter, i_enter, BV, BK, ACC)
     S_before = none
     dS_before = none
-    for i in tl.range(end - start, num_stages=STAGES):
+    for i in tl.range(end - start, num_stages=STATES_STAGES):
         n = end - 1 - i
         if REV:
             b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC)
@@ -190,7 +188,7 @@ def backward_anchored(
             b_qE = load(q, n * C, T, K, C, BK).to(ACC) * (exp2(sums(_middle(C, False), b_g, DOT), DOT) * scale)
             b_qE = operand(b_qE, ACC, DOT)
         if REV:
-            keep(S_rev, p_S_rev, n - start, dg_rev, dv, dv_right, n * C, T, C, BV, BK)
+            keep(S_rev, p_S_rev, n - start, dg_rev, dv, None, n * C, T, C, BV, BK)
             S_rev = dot(load(v, n * C, T, V, C, BV, TRANSPOSED=True), b_kE, S_rev, DOT)
         if FWD:
             keep(dS_fwd, p_dS_fwd, n - start, dg_fwd, dq, dk, n * C, T, C, BV, BK)
@@ -215,7 +213,7 @@ def backward_anchored(
         A = tl.zeros((C, C), ACC)
         if REV:
             b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC)
-            b_S = kept(p_S_rev, n - start, dg_rev, dv, dv_right, n * C, T, C, BV, BK)
+            b_S = kept(p_S_rev, n - start, dg_rev, dv, None, n * C, T, C, BV, BK)
             dS_rev, between, dS_before = _advance(dS_rev, dS_before, b_g, False, BV, BK, DOT)
             lowest = least(lowest, between)
             part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(

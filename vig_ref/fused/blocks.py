@@ -65,7 +65,7 @@ def store(x, value, i_t, T, D, C: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def scratch(p, i, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Addresses of the i-th block `[ROWS, COLS]` in scratch memory: a state, or the share of a chunk in o."""
+    """Addresses of the i-th block `[ROWS, COLS]` in scratch memory: a state."""
     return p + i * ROWS * COLS + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
 
 
@@ -73,15 +73,20 @@ def scratch(p, i, ROWS: tl.constexpr, COLS: tl.constexpr):
 def _in_gradients(g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
     """Addresses `[BV, BK]` of a bfloat16 state where gradients of the tokens from i_t on will lie, and a mask.
 
-    That of the gate, g, is float32 and has room for two rows of a state for every token; x_0 and x_1, wanted if a state
-    has more rows, for one. What lies behind the last token is 0 in states from the right, and need not be kept.
+    That of the gate, g, is float32 and has room for two rows of a state for every token. If a state has more rows, so
+    has x_0, or x_0 and x_1 for one each. What lies behind the last token is 0 in states from the right, and need not be
+    kept.
     """
     row = tl.arange(0, BV)[:, None]
     col = tl.arange(0, BK)[None, :]
-    token = tl.where(row < 2 * C, row // 2, row % C) + i_t
+    token = i_t + row % (2 * C) // 2
     p = g[0].to(tl.pointer_type(tl.bfloat16)) + (token * (2 * g[1]) + row % 2 * BK + col)
     if BV > 2 * C:
-        p_x = tl.where(row < 3 * C, x_0[0], x_1[0]) + (token * x_0[1] + col)
+        if x_1 is None:
+            p_x = x_0[0] + (token * x_0[1] + row % 2 * BK + col)
+        else:
+            token = tl.where(row < 2 * C, token, i_t + row % C)
+            p_x = tl.where(row < 3 * C, x_0[0], x_1[0]) + (token * x_0[1] + col)
         p = tl.where(row < 2 * C, p, p_x)
     return p, (token < T) & (col < BK)
 
@@ -118,35 +123,30 @@ def entering(p_enter, i, BV: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def other_share(
-    p_share, i, REVERSE: tl.constexpr, OTHER: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr
+    share, i_t, T, V, REVERSE: tl.constexpr, OTHER: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr
 ):
-    """What the other direction adds to the i-th chunk of o, as far as it is known: the reverse scan comes first."""
+    """What the other direction adds to o, as far as it is known: the reverse scan comes first."""
     if OTHER and not REVERSE:
-        return tl.load(scratch(p_share, i, C, BV)).to(ACC)
+        return load(share, i_t, T, V, C, BV).to(ACC)
     else:
         return tl.zeros((C, BV), ACC)
 
 
 @triton.jit
 def store_share(
-    o, p_share, i, b_o, i_t, T, V, REVERSE: tl.constexpr, OTHER: tl.constexpr, C: tl.constexpr, BV: tl.constexpr
+    o, share, b_o, i_t, T, V, REVERSE: tl.constexpr, OTHER: tl.constexpr, C: tl.constexpr, BV: tl.constexpr
 ):
     """The result, or what the reverse scan leaves to the forward one.
 
     Stored as `[2, C / 2, BV]`. A thread has rows r and r + C / 2 of a product; were it to store both too, Triton would
     exchange the results in two rounds rather than one.
     """
-    row = tl.arange(0, 2)[:, None, None] * (C // 2) + tl.arange(0, C // 2)[None, :, None]
+    pointer, stride_t, stride_d = share if OTHER and REVERSE else o
+    row = i_t + tl.arange(0, 2)[:, None, None] * (C // 2) + tl.arange(0, C // 2)[None, :, None]
     col = tl.arange(0, BV)[None, None, :]
-    b_o = tl.reshape(b_o, (2, C // 2, BV))
-    if OTHER and REVERSE:
-        p = p_share + i * C * BV + row * BV + col
-        tl.store(p, b_o.to(p.dtype.element_ty))
-    else:
-        pointer, stride_t, stride_d = o
-        row += i_t
-        p = pointer + (row * stride_t + col.to(row.dtype) * stride_d)
-        tl.store(p, b_o.to(p.dtype.element_ty), mask=(row < T) & (col < V))
+    p = pointer + (row * stride_t + col.to(row.dtype) * stride_d)
+    b_o = tl.reshape(b_o, (2, C // 2, BV)).to(p.dtype.element_ty)
+    tl.store(p, b_o, mask=(row < T) & (col < V))
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------

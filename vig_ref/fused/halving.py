@@ -112,7 +112,7 @@ def _gradients(
 
 @triton.jit
 def forward_halving(
-    q, k, v, g, o, p_share, p_S_enter, i_enter, scale, start, end, T, K, V,
+    q, k, v, g, o, share, p_S_enter, i_enter, scale, start, end, T, K, V,
     REVERSE: tl.constexpr, OTHER: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
@@ -124,13 +124,13 @@ def forward_halving(
         b_k = load(k, n * C, T, K, C, BK).to(ACC)
         b_v = load(v, n * C, T, V, C, BV).to(ACC)
         b_g = load_any_gate(g, n * C, T, K, C, BK, ACC, LIMIT)
-        b_o = other_share(p_share, n - start, REVERSE, OTHER, C, BV, ACC)
+        b_o = other_share(share, n * C, T, V, REVERSE, OTHER, C, BV, ACC)
         b_o += tl.sum(b_q * b_k, 1)[:, None] * b_v  # token i reads itself
         b_qE = b_q * exp2(sums(ahead(not REVERSE, True, C), b_g, DOT), DOT)
         b_o = dot(b_qE, tl.trans(S), b_o, DOT)
         b_o = dot(_scores(b_q, b_k, b_g, REVERSE, C, LEVELS, ACC, DOT), b_v, b_o, DOT)
         S = carry(S, b_g, b_k, b_v, REVERSE, False, DOT)
-        store_share(o, p_share, n - start, b_o, n * C, T, V, REVERSE, OTHER, C, BV)
+        store_share(o, share, b_o, n * C, T, V, REVERSE, OTHER, C, BV)
 
 
 @triton.jit
@@ -141,13 +141,12 @@ def backward_halving(
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """All gradients of the chunks `start .. end` of one sequence; the states are computed again rather than kept."""
-    dv_right = dv[0] + BK * dv[2], dv[1], dv[2]
     S_rev = entering(p_S_enter, i_enter + SEGMENTS, BV, BK, ACC)
     dS_fwd = entering(p_dS_enter, i_enter, BV, BK, ACC)
     for i in range(end - start):
         n = end - 1 - i
         if REV:
-            keep(S_rev, p_S_rev, n - start, dg_rev, dv, dv_right, n * C, T, C, BV, BK)
+            keep(S_rev, p_S_rev, n - start, dg_rev, dv, None, n * C, T, C, BV, BK)
             b_k = load(k, n * C, T, K, C, BK)
             b_v = load(v, n * C, T, V, C, BV)
             b_g = load_any_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
@@ -175,7 +174,7 @@ def backward_halving(
         dA = dot(b_do, tl.trans(b_v), A, DOT)
         if REV:
             b_g = load_any_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
-            b_S = kept(p_S_rev, n - start, dg_rev, dv, dv_right, n * C, T, C, BV, BK).to(ACC)
+            b_S = kept(p_S_rev, n - start, dg_rev, dv, None, n * C, T, C, BV, BK).to(ACC)
             part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, b_S, dS_rev, True, C, LEVELS, ACC, DOT)
             part_dq, part_dk, b_dg, part_A, part_dv = part
             b_dq += part_dq

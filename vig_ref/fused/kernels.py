@@ -2,7 +2,7 @@
 
 Forward, one direction after the other: two states and all that belongs to them would not fit in registers.
 
-    right to left     carries S_rev; leaves its share of o in scratch memory
+    right to left     carries S_rev; leaves its share of o, as a rule where o will be
     left to right     carries S_fwd; adds the other share, and writes o
 
 Backward, the gradients of a chunk need S from one side and dS from the other, so that states are written out:
@@ -49,7 +49,7 @@ def _exact(lowest, BOUND: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    q, k, v, g_fwd, g_rev, o, p_share, p_S_enter, scale, H, T, K, V, SEGMENT,
+    q, k, v, g_fwd, g_rev, o, share, p_S_enter, scale, H, T, K, V, SEGMENT,
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr,
     STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -66,24 +66,23 @@ def forward_kernel(
     i_block = i_bh * tl.num_programs(1) + i_v
     q, k = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0)
     v, o = sequence(v, i_b, i_h, i_v * BV), sequence(o, i_b, i_h, i_v * BV)
+    share = sequence(share, i_b, i_h, i_v * BV)
     V -= i_v * BV
     start = i_s * (SEGMENT // C)
     end = tl.minimum(start + SEGMENT // C, tl.cdiv(T, C))
     i_enter = i_block * 2 * SEGMENTS + i_s
-    if FWD and REV:
-        p_share += (i_block * SEGMENTS + i_s) * SEGMENT * BV
     lowest = tl.zeros((ROWS // 2, BK), ACC)
     if REV:
         g_rev = sequence(g_rev, i_b, i_h, 0)
         lowest = forward_anchored(
-            q, k, v, g_rev, o, p_share, p_S_enter, i_enter + SEGMENTS, scale, start, end, T, K, V,
+            q, k, v, g_rev, o, share, p_S_enter, i_enter + SEGMENTS, scale, start, end, T, K, V,
             True, FWD, C, BK, BV, ACC, DOT, STAGES,
         )  # fmt: skip
     tl.debug_barrier()  # what some threads of the program wrote, others read below
     if FWD:
         g_fwd = sequence(g_fwd, i_b, i_h, 0)
         lowest_fwd = forward_anchored(
-            q, k, v, g_fwd, o, p_share, p_S_enter, i_enter, scale, start, end, T, K, V,
+            q, k, v, g_fwd, o, share, p_S_enter, i_enter, scale, start, end, T, K, V,
             False, REV, C, BK, BV, ACC, DOT, STAGES,
         )  # fmt: skip
         lowest = least(lowest, lowest_fwd)
@@ -91,13 +90,13 @@ def forward_kernel(
         tl.debug_barrier()  # the fast path's last reads come before what is written over them
         if REV:
             forward_halving(
-                q, k, v, g_rev, o, p_share, p_S_enter, i_enter + SEGMENTS, scale, start, end, T, K, V,
+                q, k, v, g_rev, o, share, p_S_enter, i_enter + SEGMENTS, scale, start, end, T, K, V,
                 True, FWD, C, LEVELS, BK, BV, ACC, DOT, LIMIT,
             )  # fmt: skip
         tl.debug_barrier()
         if FWD:
             forward_halving(
-                q, k, v, g_fwd, o, p_share, p_S_enter, i_enter, scale, start, end, T, K, V,
+                q, k, v, g_fwd, o, share, p_S_enter, i_enter, scale, start, end, T, K, V,
                 False, REV, C, LEVELS, BK, BV, ACC, DOT, LIMIT,
             )  # fmt: skip
 
@@ -108,7 +107,7 @@ def backward_kernel(
     scale, H, T, K, V, SEGMENT,
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr,
-    STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
+    STAGES: tl.constexpr, STATES_STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """All gradients of `forward_kernel` in one launch; the chunks' states are computed again rather than kept."""
     _wait(DEPENDENT)
@@ -139,7 +138,7 @@ def backward_kernel(
     i_enter = i_block * 2 * SEGMENTS + i_s
     lowest = backward_anchored(
         q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter, i_enter,
-        scale, start, end, T, K, V, SEGMENTS, FWD, REV, C, BK, BV, ACC, DOT, STAGES,
+        scale, start, end, T, K, V, SEGMENTS, FWD, REV, C, BK, BV, ACC, DOT, STAGES, STATES_STAGES,
     )  # fmt: skip
     if not _exact(lowest, BOUND):
         tl.debug_barrier()  # the fast path's last reads come before what is written over them
