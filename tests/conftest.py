@@ -118,7 +118,7 @@ def red_zones():
     def guarded(allocate):
         def allocate_between_canaries(*arguments):
             x = allocate(*arguments)
-            if any(x is argument for argument in arguments):
+            if any(x is argument for argument in arguments):  # a share of o, in o: it is guarded already
                 return x
             memory = x.new_full((x.numel() + 2 * margin,), canary)
             memory[margin:-margin] = torch.nan

@@ -334,7 +334,7 @@ MUTANTS = [
     Mutant("launch: both states in one memory", LAUNCH, "*(_or_none(_states(q, v, parts, options)) for _ in range(2)),", "*[_or_none(_states(q, v, parts, options))] * 2,"),
     Mutant("launch: memory for the states of one segment", LAUNCH, "BH * blocks * chunks, BV", "BH * blocks * chunks // segments, BV"),
     Mutant("launch: a share in half precision", LAUNCH, "o.dtype == _rounded(o, options) and ", ""),
-    Mutant("launch: a share in lines of other heads", LAUNCH, "V * o.element_size() >= LINE", "V"),
+    Mutant("launch: a share in lines of other heads", LAUNCH, "o.shape[3] * o.element_size() >= LINE", "o.shape[3]"),
     Mutant("launch: scratch memory for a share that nobody writes", LAUNCH, "if alone or (", "if ("),
     Mutant("launch: gradient read as if contiguous", LAUNCH, "*(_strided(x) for x in (q, k, v, g_fwd, g_rev, do)),\n            dq", "*(_strided(x) for x in (q, k, v, g_fwd, g_rev)), (do, *do.contiguous().stride()),\n            dq"),
     Mutant("launch: gradient dtype of another tensor", LAUNCH, "grads = [_empty(x) for x in inputs]", "grads = [_empty(x).to(q.dtype) for x in inputs]"),

@@ -45,8 +45,8 @@ def launches(dtype: str, dot: str) -> list[Launch]:
     half = [launch._replace(gates=dtype) for launch in one if dtype != "fp32"]
     ways = [dict(sm=80)]
     if dot == "bf16":
-        ways += [dict(directions=FWD), dict(directions=REV), dict(segments=True), dict(far=True)]
-        ways += [dict(strided=True, far=True)]
+        ways += [dict(directions=FWD, gates=dtype), dict(directions=REV), dict(segments=True), dict(far=True)]
+        ways += [dict(strided=True, far=True, gates=dtype)]  # gates of 16 bits: scratch memory for states
         one += [Launch("backward_kernel", parts=True), Launch("segment_kernel"), Launch("combine_kernel")]
     return [*half, *one, segment, *(launch._replace(**way) for launch in (one[0], one[1], segment) for way in ways)]
 
@@ -101,7 +101,7 @@ def compile_all(tile, dtype, dot, wanted):
 
 
 def specialise(names, dtype, kind, options):
-    """The types of a launch as a ViG makes it: features contiguous, everything else aligned to 16."""
+    """The types of a launch as a ViG makes it: features contiguous, everything else and their number aligned to 16."""
     signature, constants, attributes = {}, {name: options[name] for name in names if name in options}, {}
     ends = [end for end, there in zip(("fwd", "rev"), kind.directions, strict=True) if not there]
     absent = {f"{gate}_{end}" for end in ends for gate in ("g", "dg")}
@@ -116,6 +116,8 @@ def specialise(names, dtype, kind, options):
             signature[name], constants[name] = "constexpr", None
         elif name in ("scale", "H", "T", "K", "V", "SEGMENT", "SEGMENTS"):
             signature[name] = "fp32" if name == "scale" else "i32"
+            if name in ("K", "V") and not kind.strided:
+                attributes[(i,)] = [["tt.divisibility", 16]]
         elif name.startswith("p_"):
             rounded = options.get("DOT") == "bf16" and name in ("p_S_rev", "p_dS_fwd")
             signature[name], attributes[(i,)] = "*bf16" if rounded else "*fp32", [["tt.divisibility", 16]]

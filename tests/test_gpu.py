@@ -95,7 +95,8 @@ def test_launches_that_overlap_can_be_captured():
     with torch.no_grad():
         leaves[0].copy_(leaves[1])
     graph.replay()
-    eager = step([t.detach().requires_grad_() for t in leaves])  # the captured graph keeps nodes of the other stream
+    # New leaves: the captured result keeps autograd's nodes of the others, which belong to the graph's stream.
+    eager = step([t.detach().requires_grad_() for t in leaves])
     assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
 
 

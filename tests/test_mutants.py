@@ -13,7 +13,7 @@ RECORD = ROOT / "docs" / "results" / "mutation.json"
 #: Of each kind one, and the cheapest test that sees it.
 PLANTED = {
     "chunked: state never decays": "tests/test_exact.py::test_layers_are_equal_over_the_fractions",
-    "anchored: dg without pairs": "tests/test_segments.py::test_each_path_alone_is_bitwise_equal_on_dyadic_inputs",
+    "anchored: dg without reads": "tests/test_segments.py::test_each_path_alone_is_bitwise_equal_on_dyadic_inputs",
     "segments: nothing decays from segment to segment": "tests/test_segments.py::test_segments_of_one_direction",
     "launch: any number of segments": "tests/test_segments.py::test_a_sequence_is_cut_into_few_segments",
 }

@@ -248,11 +248,19 @@ def test_every_place_in_scratch_memory_is_written(monkeypatch, keep, segments_of
 
 
 @pytest.mark.parametrize("bound", PATHS.values(), ids=PATHS)
-def test_the_share_of_o_may_lie_where_o_will(monkeypatch, segments_of, bound):
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "dtype"),
+    [
+        (32, (37, 40, 35), torch.float32),
+        pytest.param(64, (100, 32, 64), torch.bfloat16, marks=pytest.mark.gpu),  # fetched ahead of the stores
+        pytest.param(64, (100, 32, 70), torch.bfloat16, marks=pytest.mark.gpu),
+    ],
+)
+def test_the_share_of_o_may_lie_where_o_will(monkeypatch, segments_of, tokens, sizes, dtype, bound):
     """The same bits as with scratch memory."""
-    segments_of(32)
+    segments_of(tokens)
     set_bounds(monkeypatch, bound)
-    x, got = on_device(1, 2, 37, 40, 35), []
+    x, got = on_device(1, 2, *sizes, dtype=dtype), []
     for line in (0, 1000):
         monkeypatch.setattr(launch, "LINE", line)
         got.append(bidirectional_gla(*x[:5], scale=0.5, backend="fused"))

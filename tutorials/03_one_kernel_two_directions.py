@@ -312,8 +312,8 @@ for function in (blocks.other_share, blocks.store_share):
     show(function)
 
 # %% [markdown]
-# Let us look at the share. The launcher finds a place for it in `_share`: o itself, or memory of its own where rows of o are
-# too short to fill a cache line, as ours are. We keep a reference, and call the operator.
+# Let us look at the share. The launcher finds a place for it in `_share`: o itself, or scratch memory where o is less precise
+# than the products, or its rows are too short to fill a cache line, as ours are. We keep a reference, and call the operator.
 
 # %%
 kept, allocate = [], launch._share
@@ -665,7 +665,7 @@ ch03.record(record, low, high)
 # 256; the other T's have larger images and smaller batches, `b1` a batch of one. H-T s1 is the first stage of
 # ViG-H-T.*
 #
-# Was the sentence right? At T224 the table has 0.053 ms, or 53 µs, and the prediction ended at 40. So bytes are most of
+# Was the sentence right? At T224 the table has 0.0485 ms, 48.5 µs, and the prediction ended at 40. So bytes are most of
 # it, and not all. What else there is, the GPU's own counters say, on the page
 # [performance](../docs/performance.md#what-limits-it-now): too few warps fit on a multiprocessor to hide the waiting.
 #

@@ -28,12 +28,12 @@ def programs(T: int, C: int) -> Figure:
 
 
 def sweeps(N: int = 4) -> Figure:
-    """Both sweeps of a program over N chunks, and the scratch memory between them."""
+    """Both sweeps of a program over N chunks, and what lies in memory between them."""
     figure = new_figure(7.4, 4.2)
     ax = figure.subplots()
     rows = (
         (4.2, REV, "1. right to left", "S_rev  [V, K]\nin registers"),
-        (2.35, "#e9e2f2", "scratch memory", "share of o\n[C, V]"),
+        (2.35, "#e9e2f2", "memory", "share of o\n[C, V]"),
         (0.5, FWD, "2. left to right", "S_fwd  [V, K]\nin registers"),
     )
     arrow = {"arrowstyle": "-|>", "linewidth": 1.5}

@@ -156,6 +156,7 @@ def _gradients(
     dq = dqE * (E * scale)
     dk = (dkE + writes) * E_inverse
     # The gate of t stands between the tokens behind it, itself included, and those before it, in the order of the scan.
+    # dqE has pairs and reads of the state, summed over the same tokens; writes to the state are summed over the others.
     dg = dot(tl.full((C, S_dS.shape[0]), 1.0, ACC), S_dS, zero_k, DOT)  # <S, dS>, the same for all gates of the chunk
     dg += sums(ahead(REVERSE, True, C), qE.to(ACC) * dqE - kE.to(ACC) * dkE, DOT)
     dg += sums(ahead(not REVERSE, False, C), kE.to(ACC) * writes, DOT)

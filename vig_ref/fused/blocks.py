@@ -73,9 +73,9 @@ def scratch(p, i, ROWS: tl.constexpr, COLS: tl.constexpr):
 def _in_gradients(g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
     """Addresses `[BV, BK]` of a bfloat16 state where gradients of the tokens from i_t on will lie, and a mask.
 
-    That of the gate, g, is float32 and has room for two rows of a state for every token. If a state has more rows, so
-    has x_0, or x_0 and x_1 for one each. What lies behind the last token is 0 in states from the right, and need not be
-    kept.
+    That of the gate, g, is float32 and has room for two rows of a state for every token. More rows lie in x_0, two for
+    a token, or in x_0 and x_1, whose strides are equal, one for a token in each. Features are contiguous in all three.
+    What lies behind the last token is 0 in states from the right, and need not be kept.
     """
     row = tl.arange(0, BV)[:, None]
     col = tl.arange(0, BK)[None, :]

@@ -46,9 +46,9 @@ BOUND = -80.0
 BOUND_BACKWARD = {"bf16": -8.0, "tf32": -8.0, "ieee": -2.0}
 #: Chunks in shared memory, all but one fetched ahead, for bfloat16 in the tiles of ViG. Others would not fit.
 STAGES = 3
-#: The same for the first sweep of the backward pass, which finds states only and loads less, where that made it faster.
+#: Another number for the first sweep of the backward pass, which loads less: for the tiles that it makes faster.
 STATES_STAGES = {(32, 64): 4}
-#: Bytes that the GPU's caches move at once.
+#: Bytes of a cache line.
 LINE = 128
 PRECISIONS = ("ieee", "tf32")
 #: Whether Triton was imported with TRITON_INTERPRET=1: a process interprets kernels or compiles them, never both.
@@ -252,14 +252,13 @@ def _states(q: Tensor, v: Tensor, grads: list[Tensor], options: dict) -> Tensor:
 def _share(o: Tensor, options: dict) -> Tensor:
     """Memory for the reverse scan's share of o: o itself, if it is as precise as operands of products are.
 
-    Not if its rows are shorter than a cache line either. Every line would then belong to several heads, whose programs
-    meet it at different times; scratch memory, one head after the other, made the heads of ViG-H 7 % faster.
+    Not if its rows are shorter than a cache line: with the heads of ViG-H (H-T s1 of `vig-ref bench ops`, forward) that
+    took 0.177 ms on an H200, and 0.165 with scratch memory, where one head comes after the other.
     """
-    B, H, T, V = o.shape
     alone = not (options["FWD"] and options["REV"])
-    if alone or (o.dtype == _rounded(o, options) and V * o.element_size() >= LINE):
+    if alone or (o.dtype == _rounded(o, options) and o.shape[3] * o.element_size() >= LINE):
         return o
-    return o.new_empty(B, H, T, V, dtype=_rounded(o, options))
+    return o.new_empty(o.shape, dtype=_rounded(o, options))
 
 
 def _rounded(x: Tensor, options: dict) -> torch.dtype:
@@ -311,8 +310,8 @@ def _far(*tensors: Tensor | None) -> bool:
     """Whether an offset inside a sequence may not fit in 32 bits. A block may end behind the last token and feature,
     and states in the memory of a gate's gradient are counted in bfloat16, twice as many.
 
-    Not asked: parts of gradients, which lie closer together than the gradients, and scratch memory, where a segment
-    stays below 2^31 for every T that does.
+    Not asked: parts of gradients and a share of o, which lie closer together than gradients and o, and scratch memory
+    for states, where a segment stays below 2^31 for every T that does.
     """
     there = [x for x in tensors if x is not None]
     return any((x.shape[2] + 2 * CHUNK) * x.stride(2) + (x.shape[3] + MAX_K) * x.stride(3) >= 2**30 for x in there)
@@ -333,14 +332,14 @@ def constants(
     dependent: whether other kernels of ours come first, on a GPU that can launch this one before they have ended.
     """
     which = "backward" if backward else "forward"
-    stages = STAGES if dot == "bf16" and tile[0] < MAX_K else 1
-    sweeps = {"STATES_STAGES": STATES_STAGES.get(tile, stages) if stages > 1 else 1} if backward else {}
-    return sweeps | {
+    ahead = dot == "bf16" and tile[0] < MAX_K
+    first_sweep = {"STATES_STAGES": STATES_STAGES.get(tile, STAGES) if ahead else 1}
+    return (first_sweep if backward else {}) | {
         "FWD": fwd, "REV": rev, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1, "BK": tile[0], "BV": tile[1],
         "ACC": kernels.tl.float64 if double else kernels.tl.float32,
         "INDEX": kernels.tl.int64 if far else kernels.tl.int32, "DOT": dot, "LIMIT": 2000.0 if double else 300.0,
         "BOUND": BOUND_BACKWARD[dot] if backward else BOUND,
-        "STAGES": stages, "DEPENDENT": dependent,
+        "STAGES": STAGES if ahead else 1, "DEPENDENT": dependent,
         "num_warps": _warps(tile, dot, which), "num_stages": 1, "maxnreg": REGISTERS[which].get(tile),
         "launch_pdl": dependent,
     }  # fmt: skip
