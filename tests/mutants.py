@@ -265,9 +265,9 @@ MUTANTS = [
     Mutant("anchored: first gate of the reverse scan not zero", ANCHORED, "tl.where(n * C + token == T - 1, 0.0, b_dg)", "b_dg"),
     Mutant("anchored: first gate of every chunk zero", ANCHORED, "tl.where(n * C + token == 0, 0.0, b_dg)", "tl.where(token == 0, 0.0, b_dg)"),
     Mutant("anchored: what enters dS_fwd enters dS_rev", ANCHORED, "entering(p_dS_enter, i_enter + SEGMENTS,", "entering(p_dS_enter, i_enter,"),
-    Mutant("anchored: what enters S_fwd enters S_rev", KERNELS, "        lowest = forward_anchored(\n            q, k, v, g_rev, o, share, p_S_enter, i_enter + SEGMENTS,", "        lowest = forward_anchored(\n            q, k, v, g_rev, o, share, p_S_enter, i_enter,"),
+    Mutant("anchored: what enters S_fwd enters S_rev", KERNELS, "        lowest = forward_anchored(\n            q, k, v, g_rev, share, None, p_S_enter, i_enter + SEGMENTS,", "        lowest = forward_anchored(\n            q, k, v, g_rev, share, None, p_S_enter, i_enter,"),
     Mutant("kernels: the share of the reverse scan is lost", BLOCKS, "return load(share, i_t, T, V, C, BV).to(ACC)", "return tl.zeros((C, BV), ACC)"),
-    Mutant("kernels: the reverse scan leaves its share in o, wherever it is sought", BLOCKS, "share if OTHER and REVERSE else o", "o"),
+    Mutant("kernels: the reverse scan leaves its share in o, wherever it is sought", KERNELS, "            q, k, v, g_rev, share, None, p_S_enter, i_enter + SEGMENTS, scale, start, end, T, K, V,\n            True, C, BK", "            q, k, v, g_rev, o, None, p_S_enter, i_enter + SEGMENTS, scale, start, end, T, K, V,\n            True, C, BK"),
     Mutant("kernels: shares of all blocks of V in one place", KERNELS, "share = sequence(share, i_b, i_h, i_v * BV)", "share = sequence(share, i_b, i_h, 0)"),
     Mutant("kernels: the exponents of the reverse scan are forgotten", KERNELS, "lowest = least(lowest, lowest_fwd)", "lowest = lowest_fwd"),
     # Kernels: which path.

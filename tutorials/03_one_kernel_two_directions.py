@@ -296,8 +296,8 @@ ch03.sweeps()
 # %% [markdown]
 # *Both sweeps over four chunks.*
 #
-# Here is a sweep in the real kernel. `REVERSE`, the direction, and `OTHER`, whether the other one is wanted too, are
-# compile-time constants: `gla`, one direction, is the same code without a share.
+# Here is a sweep in the real kernel. `REVERSE`, the direction, is a compile-time constant. The reverse sweep gets memory
+# for its share as `o`, the forward one `share` too, which for `gla`, one direction, is `None` in either sweep.
 
 # %%
 show(anchored.forward_anchored, "for i in tl.range", "store_share")

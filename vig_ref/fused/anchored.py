@@ -96,10 +96,10 @@ def _reads(C: tl.constexpr, REVERSE: tl.constexpr):
 @triton.jit
 def forward_anchored(
     q, k, v, g, o, share, p_S_enter, i_enter, scale, start, end, T, K, V,
-    REVERSE: tl.constexpr, OTHER: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One direction of the chunks `start .. end` of one sequence. Returns the smallest exponents met."""
+    """One direction of the chunks `start .. end` of one sequence, plus share. Returns the smallest exponents met."""
     before = tl.zeros((ROWS // 2, BK), ACC)
     lowest = before  # of the sums of gates between two middles
     S = entering(p_S_enter, i_enter, BV, BK, ACC)
@@ -119,10 +119,10 @@ def forward_anchored(
         # Rounded before the next product asks for them: what leaves its thread together waits at one barrier.
         b_ST = operand(tl.trans(S), ACC, DOT)
         A = operand(tl.where(_reads(C, REVERSE), A, 0.0), ACC, DOT)
-        b_o = dot(b_qE, b_ST, other_share(share, n * C, T, V, REVERSE, OTHER, C, BV, ACC), DOT)
+        b_o = dot(b_qE, b_ST, other_share(share, n * C, T, V, C, BV, ACC), DOT)
         S = dot(b_vT, b_kE, S, DOT)
         b_o = dot(A, b_v, b_o, DOT)
-        store_share(o, share, b_o, n * C, T, V, REVERSE, OTHER, C, BV)
+        store_share(o, b_o, n * C, T, V, C, BV)
     return least(lowest, before)
 
 

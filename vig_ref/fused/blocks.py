@@ -122,26 +122,22 @@ def entering(p_enter, i, BV: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def other_share(
-    share, i_t, T, V, REVERSE: tl.constexpr, OTHER: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr
-):
-    """What the other direction adds to o, as far as it is known: the reverse scan comes first."""
-    if OTHER and not REVERSE:
-        return load(share, i_t, T, V, C, BV).to(ACC)
-    else:
+def other_share(share, i_t, T, V, C: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr):
+    """What the other direction adds to o, if it has left anything."""
+    if share is None:
         return tl.zeros((C, BV), ACC)
+    else:
+        return load(share, i_t, T, V, C, BV).to(ACC)
 
 
 @triton.jit
-def store_share(
-    o, share, b_o, i_t, T, V, REVERSE: tl.constexpr, OTHER: tl.constexpr, C: tl.constexpr, BV: tl.constexpr
-):
+def store_share(o, b_o, i_t, T, V, C: tl.constexpr, BV: tl.constexpr):
     """The result, or what the reverse scan leaves to the forward one.
 
     Stored as `[2, C / 2, BV]`. A thread has rows r and r + C / 2 of a product; were it to store both too, Triton would
     exchange the results in two rounds rather than one.
     """
-    pointer, stride_t, stride_d = share if OTHER and REVERSE else o
+    pointer, stride_t, stride_d = o
     row = i_t + tl.arange(0, 2)[:, None, None] * (C // 2) + tl.arange(0, C // 2)[None, :, None]
     col = tl.arange(0, BV)[None, None, :]
     p = pointer + (row * stride_t + col.to(row.dtype) * stride_d)

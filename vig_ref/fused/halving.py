@@ -113,10 +113,10 @@ def _gradients(
 @triton.jit
 def forward_halving(
     q, k, v, g, o, share, p_S_enter, i_enter, scale, start, end, T, K, V,
-    REVERSE: tl.constexpr, OTHER: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
+    REVERSE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """One direction of the chunks `start .. end` of one sequence."""
+    """One direction of the chunks `start .. end` of one sequence, plus share."""
     S = entering(p_S_enter, i_enter, BV, BK, ACC)
     for i in range(end - start):
         n = end - 1 - i if REVERSE else start + i
@@ -124,13 +124,13 @@ def forward_halving(
         b_k = load(k, n * C, T, K, C, BK).to(ACC)
         b_v = load(v, n * C, T, V, C, BV).to(ACC)
         b_g = load_any_gate(g, n * C, T, K, C, BK, ACC, LIMIT)
-        b_o = other_share(share, n * C, T, V, REVERSE, OTHER, C, BV, ACC)
+        b_o = other_share(share, n * C, T, V, C, BV, ACC)
         b_o += tl.sum(b_q * b_k, 1)[:, None] * b_v  # token i reads itself
         b_qE = b_q * exp2(sums(ahead(not REVERSE, True, C), b_g, DOT), DOT)
         b_o = dot(b_qE, tl.trans(S), b_o, DOT)
         b_o = dot(_scores(b_q, b_k, b_g, REVERSE, C, LEVELS, ACC, DOT), b_v, b_o, DOT)
         S = carry(S, b_g, b_k, b_v, REVERSE, False, DOT)
-        store_share(o, share, b_o, n * C, T, V, REVERSE, OTHER, C, BV)
+        store_share(o, b_o, n * C, T, V, C, BV)
 
 
 @triton.jit

@@ -56,6 +56,7 @@ def forward_kernel(
 ):  # fmt: skip
     """o = scale * (sum over the directions of q S).  FWD, REV: which directions there are.
 
+    share: where the reverse scan leaves its share of o, which is o itself if it is the only scan.
     INDEX: the integers of tokens, and so of all offsets inside a sequence.
     """
     _wait(DEPENDENT)
@@ -75,29 +76,29 @@ def forward_kernel(
     if REV:
         g_rev = sequence(g_rev, i_b, i_h, 0)
         lowest = forward_anchored(
-            q, k, v, g_rev, o, share, p_S_enter, i_enter + SEGMENTS, scale, start, end, T, K, V,
-            True, FWD, C, BK, BV, ACC, DOT, STAGES,
+            q, k, v, g_rev, share, None, p_S_enter, i_enter + SEGMENTS, scale, start, end, T, K, V,
+            True, C, BK, BV, ACC, DOT, STAGES,
         )  # fmt: skip
     tl.debug_barrier()  # what some threads of the program wrote, others read below
     if FWD:
         g_fwd = sequence(g_fwd, i_b, i_h, 0)
         lowest_fwd = forward_anchored(
-            q, k, v, g_fwd, o, share, p_S_enter, i_enter, scale, start, end, T, K, V,
-            False, REV, C, BK, BV, ACC, DOT, STAGES,
+            q, k, v, g_fwd, o, share if REV else None, p_S_enter, i_enter, scale, start, end, T, K, V,
+            False, C, BK, BV, ACC, DOT, STAGES,
         )  # fmt: skip
         lowest = least(lowest, lowest_fwd)
     if not _exact(lowest, BOUND):
         tl.debug_barrier()  # the fast path's last reads come before what is written over them
         if REV:
             forward_halving(
-                q, k, v, g_rev, o, share, p_S_enter, i_enter + SEGMENTS, scale, start, end, T, K, V,
-                True, FWD, C, LEVELS, BK, BV, ACC, DOT, LIMIT,
+                q, k, v, g_rev, share, None, p_S_enter, i_enter + SEGMENTS, scale, start, end, T, K, V,
+                True, C, LEVELS, BK, BV, ACC, DOT, LIMIT,
             )  # fmt: skip
         tl.debug_barrier()
         if FWD:
             forward_halving(
-                q, k, v, g_fwd, o, share, p_S_enter, i_enter, scale, start, end, T, K, V,
-                False, REV, C, LEVELS, BK, BV, ACC, DOT, LIMIT,
+                q, k, v, g_fwd, o, share if REV else None, p_S_enter, i_enter, scale, start, end, T, K, V,
+                False, C, LEVELS, BK, BV, ACC, DOT, LIMIT,
             )  # fmt: skip
 
 
