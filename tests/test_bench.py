@@ -53,9 +53,11 @@ def test_the_fused_layer_by_hand():
     state = 2 * 32 * 64 * 2 / 16  # bfloat16, written and read for every chunk of 16 tokens
     forward, backward = 640 + 64 + 64 + 128 + share, 1152 + 2 * scan + 2 * state
     assert traffic.fused(32, 64, 196) == {"forward": forward, "forward+backward": forward + backward}
-    segment = scan + 4 * 32 * 64 * 4 / 256  # its own state and the one that enters: float32, written and read
-    kept = 2 * 32 * 64 * 4 / 256  # what enters, found by the forward pass: the backward pass reads it again
-    forward, backward = forward + 2 * segment, backward + 2 * segment + kept
+    a_state = 32 * 64 * 4 / 256  # float32, of 256 tokens
+    adds = 3 / 4 * (scan + 2 * a_state)  # nothing wants what leaves the last of four segments
+    enters = 2 * a_state  # written and read
+    kept = 2 * a_state  # what enters, found by the forward pass: the backward pass reads it again
+    forward, backward = forward + 2 * (adds + enters), backward + 2 * (adds + enters) + kept
     assert traffic.fused(32, 64, 1024) == {"forward": forward, "forward+backward": forward + backward}
 
 

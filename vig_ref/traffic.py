@@ -40,10 +40,13 @@ def fused(K: int, V: int, T: int) -> dict[str, int]:
     scan = (K + V) * BF16 + K * FP32  # what moves a state: k and v (or q and do), and the gate of the direction
     forward = floor(K, V)["forward"] + (2 * K + V) * BF16 + share  # q, k and v by both scans
     backward = floor(K, V)["forward+backward"] - floor(K, V)["forward"] + 2 * scan + 2 * state
-    if T > SEGMENT:  # each state is scanned once more; a segment's own and the one that enters, written and read
-        segment = 2 * (scan + 4 * K * V * FP32 // SEGMENT)
-        forward += segment
-        backward += segment + 2 * K * V * FP32 // SEGMENT  # S was kept: it is but read
+    segments = math.ceil(T / SEGMENT)
+    if segments > 1:  # what each segment but the last adds to a state, and what enters each, are written and read
+        state = K * V * FP32
+        again = T + (segments - 2) * SEGMENT  # tokens of both directions: all but the first or the last segment
+        enter = (again * scan + 2 * (2 * (segments - 1) + 2 * segments) * state) // T
+        forward += enter
+        backward += enter + 2 * segments * state // T  # S was kept: it is but read
     return _passes(forward, backward)
 
 

@@ -207,7 +207,10 @@ def backward_anchored(
         b_k = load(k, n * C, T, K, C, BK)
         b_v = load(v, n * C, T, V, C, BV)
         b_do = load(do, n * C, T, V, C, BV)
-        dA = dot(b_do, tl.trans(b_v), tl.zeros((C, C), ACC), DOT)
+        # In two layouts, as in forward_anchored, unless a state has the 64 rows of Hopper's products: they take either.
+        b_vT = load(v, n * C, T, V, C, BV, TRANSPOSED=True) if BV < 64 else tl.trans(b_v)
+        b_doT = load(do, n * C, T, V, C, BV, TRANSPOSED=True) if BV < 64 else tl.trans(b_do)
+        dA = dot(b_do, b_vT, tl.zeros((C, C), ACC), DOT)
         b_dq = tl.zeros((C, BK), ACC)
         b_dk = tl.zeros((C, BK), ACC)
         b_dv = tl.zeros((C, BV), ACC)
@@ -221,7 +224,7 @@ def backward_anchored(
                 b_q, b_k, b_v, b_do, b_dv, dA, b_g, b_S, dS_rev.to(b_S.dtype), b_S.to(ACC) * dS_rev, scale,
                 True, C, ACC, DOT,
             )  # fmt: skip
-            dS_rev = dot(tl.trans(b_do), b_qE, dS_rev, DOT)
+            dS_rev = dot(b_doT, b_qE, dS_rev, DOT)
             b_dq += part_dq
             b_dk += part_dk
             A += part_A
@@ -235,7 +238,7 @@ def backward_anchored(
                 b_q, b_k, b_v, b_do, b_dv, dA, b_g, S_fwd.to(b_dS.dtype), b_dS, S_fwd * b_dS.to(ACC), scale,
                 False, C, ACC, DOT,
             )  # fmt: skip
-            S_fwd = dot(tl.trans(b_v), b_k.to(ACC) * exp2(negative(sums(_middle(C, False), b_g, DOT)), DOT), S_fwd, DOT)
+            S_fwd = dot(b_vT, b_k.to(ACC) * exp2(negative(sums(_middle(C, False), b_g, DOT)), DOT), S_fwd, DOT)
             b_dq += part_dq
             b_dk += part_dk
             A += part_A

@@ -30,9 +30,9 @@ class Warps(NamedTuple):
 #: than all is cut into blocks. The first two are the heads of ViG-H and ViG. (With tf32, products of 64 rows by four
 #: warps are wrong in Triton 3.6.)
 TILES = {(16, 32): Warps(1, 2, 4, 4), (32, 64): Warps(2, 4, 2, 4), (128, 32): Warps(4, 8, 8, 8)}
-#: Registers of a thread where the compiler would take more than it needs: six programs of two warps, twelve of one,
-#: then share a multiprocessor. Fewer spill.
-REGISTERS = {"forward": {(16, 32): 168, (32, 64): 168}, "backward": {(16, 32): 168}}
+#: Registers of a thread in the forward pass, where the compiler would take more than it needs: six programs of two
+#: warps, twelve of one, then share a multiprocessor. Fewer spill, as these would in the backward pass.
+REGISTERS = {(16, 32): 168, (32, 64): 168}
 MAX_K = max(BK for BK, _ in TILES)
 #: Tokens per program: a longer sequence is cut into segments, never more than MAX_SEGMENTS. A constant, so that the
 #: result for an image does not depend on the batch that it is in.
@@ -152,7 +152,7 @@ def _enter(
         return
     blocks, _, segments, BV, _ = enter.shape
     decay = _decays(enter)
-    kernels.segment_kernel[2 * x.shape[0] * x.shape[1], _grid(y, BV)[1], segments](
+    kernels.segment_kernel[2 * x.shape[0] * x.shape[1], _grid(y, BV)[1], segments - 1](
         *(_strided(each) for each in (x, y, g_fwd, g_rev)), enter, decay, scale, *_sizes(x, y),
         **segment_constants(options, own),
     )  # fmt: skip
@@ -340,7 +340,7 @@ def constants(
         "INDEX": kernels.tl.int64 if far else kernels.tl.int32, "DOT": dot, "LIMIT": 2000.0 if double else 300.0,
         "BOUND": BOUND_BACKWARD[dot] if backward else BOUND,
         "STAGES": STAGES if ahead else 1, "DEPENDENT": dependent,
-        "num_warps": _warps(tile, dot, which), "num_stages": 1, "maxnreg": REGISTERS[which].get(tile),
+        "num_warps": _warps(tile, dot, which), "num_stages": 1, "maxnreg": None if backward else REGISTERS.get(tile),
         "launch_pdl": dependent,
     }  # fmt: skip
 
