@@ -667,7 +667,8 @@ ch03.record(record, low, high)
 #
 # Was the sentence right? At T224 the table has 0.0485 ms, 48.5 µs, and the prediction ended at 40. So bytes are most of
 # it, and not all. What else there is, the GPU's own counters say, on the page
-# [performance](../docs/performance.md#what-limits-it-now): too few warps fit on a multiprocessor to hide the waiting.
+# [performance](../docs/performance.md#what-limits-it-now): shared memory, through which warps hand each other the
+# operands of products, is busy in three cycles of four, and too few warps fit on a multiprocessor to hide the waiting.
 #
 # How to read it, here and on your own GPU:
 #
