@@ -143,20 +143,20 @@ def test_the_report_option_prints_the_record(finished, capsys):
 
 def test_a_report_of_a_gpu():
     """Ratios, the time of the counted bytes, and memory; from numbers that are easy to divide."""
-    s = Shape("T", 1, 1, 1000, 32, 64)
+    s = Shape("T", 1, 1, 1024, 32, 64)
     rows = [
         bench.row(s, impl, which, [0.9 * ms, ms, 1.2 * ms], mib)
         for which in traffic.PASSES
         for impl, ms, mib in (("fused", 0.004, 8.0), ("sdpa", 0.008, 4.0), ("floor", 0.001, None))
     ]
     report = {
-        "device": "GPU", "date": "2026-01-01T00", "command": "c", "copy_gb_per_s": 1000.0, "left_out": [], "rows": rows,
+        "device": "GPU", "date": "2026-01-01T00", "command": "c", "copy_gb_per_s": 1024.0, "left_out": [], "rows": rows,
         "versions": {"torch": "1", "triton": "2", "flash-linear-attention": "missing", "fla-core": "3"},
     }  # fmt: skip
     text = bench_report.markdown(report, Path("nowhere.png"))
-    for counted in ("0.00205", "0.00582"):  # 2,048 and 5,824 bytes a token
-        assert f"| T | 1, 1, 1000, 32, 64 | 0.00400 | 0.00800 | 0.00100 | {counted} | 4.0 | 0.50 |" in text
-    assert "| T | 1, 1, 1000, 32, 64 | 8.00 | 4.00 |" in text
+    for counted in ("0.00186", "0.00544"):  # 1,856 and 5,440 bytes a token
+        assert f"| T | 1, 1, 1024, 32, 64 | 0.00400 | 0.00800 | 0.00100 | {counted} | 4.0 | 0.50 |" in text
+    assert "| T | 1, 1, 1024, 32, 64 | 8.00 | 4.00 |" in text
     assert "half of the calls are within 20 % of it" in text
     assert "flash-linear-attention 3" in text
     assert "nowhere" not in text

@@ -499,8 +499,8 @@ for T in (196, 1024, 4096, 16384, 65536):
     print(f"{T:6}  {segment:18}  {3 * triton.cdiv(T, segment):25}")
 
 # %% [markdown]
-# But a segment must know the state that enters it. Two small launches come first: one finds, for every segment alone,
-# what it adds to a state, and the decay across it; one combines these. The rule to combine two stretches is all of it.
+# But a segment must know the state that enters it. Two small launches come first: one finds, for every segment alone
+# but the last of a scan, what it adds to a state, and the decay across it; one combines these. The rule to combine two stretches is all of it.
 #
 # **Exercise 3.** A stretch of tokens is a pair: the log decay `total` across it, and the state `S` that it alone leaves
 # behind. What is the pair of two stretches, one after the other in the order of the scan?
@@ -667,8 +667,8 @@ ch03.record(record, low, high)
 #
 # Was the sentence right? At T224 the table has 0.0485 ms, 48.5 µs, and the prediction ended at 40. So bytes are most of
 # it, and not all. What else there is, the GPU's own counters say, on the page
-# [performance](../docs/performance.md#what-limits-it-now): shared memory, through which warps hand each other the
-# operands of products, is busy in three cycles of four, and too few warps fit on a multiprocessor to hide the waiting.
+# [performance](../docs/performance.md#what-limits-it-now): shared memory, through which inputs come and warps hand each
+# other operands, is busy in about three cycles of four, and too few warps fit on a multiprocessor to hide the waiting.
 #
 # How to read it, here and on your own GPU:
 #

@@ -33,17 +33,18 @@ def floor(K: int, V: int) -> dict[str, int]:
 
 def fused(K: int, V: int, T: int) -> dict[str, int]:
     """Bytes a token and head that the kernels of `vig_ref/fused` ask for, by pass."""
-    from vig_ref.fused.launch import CHUNK, SEGMENT  # imported when it is used, as by vig_ref.ops
+    from vig_ref.fused import launch  # imported when it is used, as by vig_ref.ops
 
     share = 2 * V * BF16  # the reverse scan's share of o: written in the first sweep, read in the second
-    state = 2 * K * V * BF16 // CHUNK  # a state of every chunk: likewise
+    state = 2 * K * V * BF16 // launch.CHUNK  # a state of every chunk: likewise
     scan = (K + V) * BF16 + K * FP32  # what moves a state: k and v (or q and do), and the gate of the direction
     forward = floor(K, V)["forward"] + (2 * K + V) * BF16 + share  # q, k and v by both scans
     backward = floor(K, V)["forward+backward"] - floor(K, V)["forward"] + 2 * scan + 2 * state
-    segments = math.ceil(T / SEGMENT)
+    tokens = launch._segment(T)
+    segments = math.ceil(T / tokens)
     if segments > 1:  # what each segment but the last adds to a state, and what enters each, are written and read
         state = K * V * FP32
-        again = T + (segments - 2) * SEGMENT  # tokens of both directions: all but the first or the last segment
+        again = T + (segments - 2) * tokens  # tokens of both directions: all but the first or the last segment
         enter = (again * scan + 2 * (2 * (segments - 1) + 2 * segments) * state) // T
         forward += enter
         backward += enter + 2 * segments * state // T  # S was kept: it is but read

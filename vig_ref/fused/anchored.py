@@ -207,7 +207,7 @@ def backward_anchored(
         b_k = load(k, n * C, T, K, C, BK)
         b_v = load(v, n * C, T, V, C, BV)
         b_do = load(do, n * C, T, V, C, BV)
-        # In two layouts, as in forward_anchored, unless a state has the 64 rows of Hopper's products: they take either.
+        # Twice, as in forward_anchored, to be fetched ahead; products of 64 rows on a Hopper GPU read either layout
         b_vT = load(v, n * C, T, V, C, BV, TRANSPOSED=True) if BV < 64 else tl.trans(b_v)
         b_doT = load(do, n * C, T, V, C, BV, TRANSPOSED=True) if BV < 64 else tl.trans(b_do)
         dA = dot(b_do, b_vT, tl.zeros((C, C), ACC), DOT)

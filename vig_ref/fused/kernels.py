@@ -18,8 +18,9 @@ A program holds the states `[BV, BK]` in registers; a V above BV is cut into blo
 rows of the states belong to one block each, while dq, dk and dg are sums over the blocks, left to the caller to add.
 
 A sequence longer than SEGMENT tokens is cut, so that few long ones fill a GPU too. Two small kernels come first then:
-`segment_kernel` finds what each segment adds to each state, `combine_kernel` the states that enter each segment. The
-main kernels take the segments in the opposite order, so that what was read last may still be in the L2 cache.
+`segment_kernel` finds what each segment but the last adds to a state, `combine_kernel` the states that enter each
+segment. The main kernels take the segments in the opposite order, so that what was read last may still be in the L2
+cache.
 """
 
 import triton

@@ -31,7 +31,7 @@ class Warps(NamedTuple):
 #: warps are wrong in Triton 3.6.)
 TILES = {(16, 32): Warps(1, 2, 4, 4), (32, 64): Warps(2, 4, 2, 4), (128, 32): Warps(4, 8, 8, 8)}
 #: Registers of a thread in the forward pass, where the compiler would take more than it needs: six programs of two
-#: warps, twelve of one, then share a multiprocessor. Fewer spill, as these would in the backward pass.
+#: warps, twelve of one, then share a multiprocessor. With fewer, or with so many in the backward pass, programs spill.
 REGISTERS = {(16, 32): 168, (32, 64): 168}
 MAX_K = max(BK for BK, _ in TILES)
 #: Tokens per program: a longer sequence is cut into segments, never more than MAX_SEGMENTS. A constant, so that the
@@ -216,7 +216,7 @@ def _entering(q: Tensor, v: Tensor) -> Tensor:
     """Memory for what enters each segment, `[B * H * blocks of V, directions, segments, BV, BK]`, if there are several.
 
     Kept for the backward pass: 4 BV BK bytes a direction for SEGMENT tokens, 64 bytes a token with the heads of ViG,
-    whose inputs are 512; finding it again means reading k, v and a gate once more for each direction, 640 bytes.
+    whose inputs are 512; finding it again means reading k, v and a gate once more for each direction, up to 640.
     """
     wide = torch.promote_types(v.dtype, torch.float32)
     if v.shape[2] <= SEGMENT:
