@@ -185,10 +185,11 @@ def segment_kernel(
     way and are decayed by the token's own gate too. scale: the factor of x, 1 for S and the operator's for dS.
     There is no program for the segment that a state comes to last: what leaves it enters no other.
     """
-    i_row, i_v, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(INDEX)
+    i_row, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_bh, i_direction = i_row // 2, i_row % 2
     i_b, i_h = i_bh // H, i_bh % H
-    i_s += (i_direction == (0 if OWN else 1)).to(INDEX)  # those that go to the left come to the first one last
+    # A state that goes to the left comes to the first one last.
+    i_s = (tl.program_id(2) + (i_direction == (0 if OWN else 1))).to(INDEX)
     i_own = ((i_bh * tl.num_programs(1) + i_v) * 2 + i_direction) * (tl.num_programs(2) + 1) + i_s
     start = i_s * (SEGMENT // C)
     end = tl.minimum(start + SEGMENT // C, tl.cdiv(T, C))
