@@ -469,8 +469,9 @@ def finished(path: Path | None) -> dict[str, dict]:
         return {}
     known = {m.name: m._asdict() for m in MUTANTS}
     records = {m["name"]: m for m in json.loads(path.read_text())["mutants"]}
-    same = {name: m for name, m in records.items() if name in known and known[name].items() <= m.items()}
-    return {name: m for name, m in same.items() if m["killed_by"]}
+    return {
+        name: m for name, m in records.items() if m["killed_by"] and name in known and known[name].items() <= m.items()
+    }
 
 
 def arguments() -> argparse.Namespace:

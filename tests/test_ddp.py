@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from cases import FUSED_DEVICE
 from vig_ref import ViG, ViGConfig
 
 ROOT = Path(__file__).parent.parent
 PROCESSES = 2
 PATIENCE = datetime.timedelta(seconds=120)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def model_and_images() -> tuple[ViG, Tensor]:
     """The same in every process: 2 x 3 patches."""
     torch.manual_seed(0)
     model = ViG(ViGConfig(dim=32, num_heads=2, depth=2), backend="fused", num_classes=3, img_size=32)
-    return model.to(DEVICE), torch.randn(2 * PROCESSES, 3, 32, 48).to(DEVICE)
+    return model.to(FUSED_DEVICE), torch.randn(2 * PROCESSES, 3, 32, 48).to(FUSED_DEVICE)
 
 
 def gradients(model: torch.nn.Module, images: Tensor) -> list[Tensor]:
@@ -49,7 +49,7 @@ def test_every_process_has_the_gradients_of_the_whole_batch(tmp_path):
     processes = [subprocess.Popen(command, env=environment) for command in commands]
     assert [process.wait() for process in processes] == [0] * PROCESSES  # one that is left alone loses its patience
     expected = gradients(*model_and_images())
-    got = [torch.load(tmp_path / f"{rank}.pt", map_location=DEVICE) for rank in range(PROCESSES)]
+    got = [torch.load(tmp_path / f"{rank}.pt", map_location=FUSED_DEVICE) for rank in range(PROCESSES)]
     for p, *of_processes in zip(expected, *got, strict=True):
         assert torch.equal(*of_processes)
         assert (of_processes[0] - p).norm() <= 1e-5 * p.norm()

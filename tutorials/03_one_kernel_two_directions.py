@@ -500,7 +500,8 @@ for T in (196, 1024, 4096, 16384, 65536):
 
 # %% [markdown]
 # But a segment must know the state that enters it. Two small launches come first: one finds, for every segment alone
-# but the last of a scan, what it adds to a state, and the decay across it; one combines these. The rule to combine two stretches is all of it.
+# but the last of a scan, what it adds to a state, and the decay across it; one combines these. The rule to combine two
+# stretches is all of it.
 #
 # **Exercise 3.** A stretch of tokens is a pair: the log decay `total` across it, and the state `S` that it alone leaves
 # behind. What is the pair of two stretches, one after the other in the order of the scan?
