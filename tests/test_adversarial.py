@@ -346,8 +346,8 @@ def test_23_half_precision_with_float32_gates(layer):
 
 
 def test_23_half_precision_in_several_segments(monkeypatch):
-    monkeypatch.setattr(launch, "SEGMENT", 16)
-    x = on("fused", 1, 2, 34, 3, 4, dtype=torch.float16, gate_dtype=torch.float32)
+    monkeypatch.setattr(launch, "SEGMENT", 32)
+    x = on("fused", 1, 2, 66, 3, 4, dtype=torch.float16, gate_dtype=torch.float32)
     half_precision_passes("fused", x, "float16")
 
 

@@ -1,4 +1,6 @@
-"""The fused layer under DistributedDataParallel: two processes with half a batch each; on one GPU if there is one.
+"""The fused layer under DistributedDataParallel: two processes with half a batch each.
+
+They share one GPU if there is one; where there are two, each has its own, and NCCL adds up the gradients.
 
 Six tokens, one segment: what is asked here is whether DDP finds the gradients, not whether they are right.
 """
@@ -18,6 +20,7 @@ from vig_ref import ViG, ViGConfig
 
 ROOT = Path(__file__).parent.parent
 PROCESSES = 2
+ALONE = torch.cuda.device_count() >= PROCESSES
 PATIENCE = datetime.timedelta(seconds=120)
 
 
@@ -34,9 +37,12 @@ def gradients(model: torch.nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def one_process(rank: int, folder: Path) -> None:
+    if ALONE:
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=PROCESSES, timeout=PATIENCE
-    )
+        "nccl" if ALONE else "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=PROCESSES,
+        timeout=PATIENCE,
+    )  # fmt: skip
     model, images = model_and_images()
     torch.save(gradients(DistributedDataParallel(model), images.chunk(PROCESSES)[rank]), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -20,11 +20,11 @@ def inputs(T=20, K=5, V=7, **options):
     return draw(1, 2, T, K, V, device=FUSED_DEVICE, **options)
 
 
-@pytest.mark.parametrize(("directions", "tokens"), [("both", 256), ("fwd", 256), ("rev", 256), ("both", 16)])
+@pytest.mark.parametrize(("directions", "tokens"), [("both", 256), ("fwd", 256), ("rev", 256), ("both", 32)])
 def test_opcheck(monkeypatch, directions, tokens):
-    """The registration with PyTorch: schema, autograd, fake tensors, and tracing by torch.compile; T is 20."""
+    """The registration with PyTorch: schema, autograd, fake tensors, and tracing by torch.compile; T is 40."""
     monkeypatch.setattr(launch, "SEGMENT", tokens)
-    q, k, v, g_fwd, g_rev = (t.requires_grad_() for t in inputs()[:5])
+    q, k, v, g_fwd, g_rev = (t.requires_grad_() for t in inputs(T=40)[:5])
     gates = {"both": (g_fwd, g_rev), "fwd": (g_fwd, None), "rev": (None, g_rev)}[directions]
     torch.library.opcheck(launch._forward, (q, k, v, *gates, 0.5, "ieee"))
 

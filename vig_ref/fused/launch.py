@@ -15,6 +15,8 @@ from vig_ref.fused import kernels
 #: Tokens per chunk: the smallest tile that the tensor cores take. Less is forgotten, so that the fast path serves
 #: more gates, and a program needs fewer registers.
 CHUNK = 16
+#: With bfloat16 in `segment_kernel`, which has no fast path to mind.
+LONG_CHUNK = 2 * CHUNK
 
 
 class Warps(NamedTuple):
@@ -34,8 +36,8 @@ TILES = {(16, 32): Warps(1, 2, 4, 4), (32, 64): Warps(2, 4, 2, 4), (128, 32): Wa
 #: warps, twelve of one, then share a multiprocessor. With fewer, or with so many in the backward pass, programs spill.
 REGISTERS = {(16, 32): 168, (32, 64): 168}
 MAX_K = max(BK for BK, _ in TILES)
-#: Tokens per program: a longer sequence is cut into segments, never more than MAX_SEGMENTS. A constant, so that the
-#: result for an image does not depend on the batch that it is in.
+#: Tokens per program, at most: a longer sequence is cut into equal segments, never more than MAX_SEGMENTS. A constant,
+#: so that the result for an image does not depend on the batch that it is in.
 SEGMENT = 256
 MAX_SEGMENTS = 256
 #: The smallest exponent, in base 2, with which the fast path may go on: a sum of gates between the middles of
@@ -219,10 +221,10 @@ def _entering(q: Tensor, v: Tensor) -> Tensor:
     whose inputs are 512; finding it again means reading k, v and a gate once more for each direction, up to 640.
     """
     wide = torch.promote_types(v.dtype, torch.float32)
-    if v.shape[2] <= SEGMENT:
-        return v.new_empty(0, dtype=wide)
     BK, BV = _tile(q, v)
     BH, blocks, segments = _grid(v, BV)
+    if segments <= 1:
+        return v.new_empty(0, dtype=wide)
     return v.new_empty(BH * blocks, 2, segments, BV, BK, dtype=wide)
 
 
@@ -267,12 +269,15 @@ def _rounded(x: Tensor, options: dict) -> torch.dtype:
 
 
 def _segment(T: int) -> int:
-    """Tokens per segment, a multiple of CHUNK."""
+    """Tokens per segment: whole chunks, in as few segments as SEGMENT allows, and no more than so many must have."""
     if T <= SEGMENT:
-        return triton.cdiv(T, CHUNK) * CHUNK
-    if T <= SEGMENT * MAX_SEGMENTS:
-        return SEGMENT
-    return triton.next_power_of_2(triton.cdiv(T, MAX_SEGMENTS))
+        return max(1, triton.cdiv(T, CHUNK)) * CHUNK
+    segments = min(triton.cdiv(T, SEGMENT), MAX_SEGMENTS)
+    return triton.cdiv(T, segments * LONG_CHUNK) * LONG_CHUNK
+
+
+def _segments(T: int) -> int:
+    return triton.cdiv(T, _segment(T))
 
 
 def _strided(x: Tensor | None) -> tuple | None:
@@ -285,8 +290,7 @@ def _sizes(q: Tensor, v: Tensor) -> tuple[int, ...]:
 
 def _grid(v: Tensor, BV: int) -> tuple[int, int, int]:
     """One program per (batch, head), block of V and segment."""
-    T = v.shape[2]
-    return v.shape[0] * v.shape[1], triton.cdiv(v.shape[3], BV), triton.cdiv(T, _segment(T))
+    return v.shape[0] * v.shape[1], triton.cdiv(v.shape[3], BV), _segments(v.shape[2])
 
 
 def _options(
@@ -302,7 +306,7 @@ def _options(
     there = g_fwd is not None, g_rev is not None
     return constants(
         _tile(q, v), dot, *there, backward=backward, double=q.dtype == torch.float64, far=far,
-        dependent=capability >= (9, 0) and q.shape[2] > SEGMENT,
+        dependent=capability >= (9, 0) and _segments(q.shape[2]) > 1,
     )  # fmt: skip
 
 
@@ -351,11 +355,11 @@ def _warps(tile: tuple[int, int], dot: str, kind: str) -> int:
 
 
 def segment_constants(options: dict, own: bool) -> dict:
-    """The compile-time constants of `segment_kernel`. It knows no fast path, so that its chunks may be longer."""
+    """The compile-time constants of `segment_kernel`."""
     long = options["DOT"] == "bf16"
     kept = {name: options[name] for name in ("FWD", "REV", "BK", "BV", "ACC", "INDEX", "DOT", "LIMIT")}
     return kept | {
-        "OWN": own, "C": 2 * CHUNK if long else CHUNK, "STAGES": STAGES if long else 1,
+        "OWN": own, "C": LONG_CHUNK if long else CHUNK, "STAGES": STAGES if long else 1,
         "num_warps": _warps((options["BK"], options["BV"]), options["DOT"], "backward"),
     }  # fmt: skip
 
