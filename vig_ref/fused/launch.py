@@ -36,8 +36,8 @@ TILES = {(16, 32): Warps(1, 2, 4, 4), (32, 64): Warps(2, 4, 2, 4), (128, 32): Wa
 #: warps, twelve of one, then share a multiprocessor. With fewer, or with so many in the backward pass, programs spill.
 REGISTERS = {(16, 32): 168, (32, 64): 168}
 MAX_K = max(BK for BK, _ in TILES)
-#: Tokens per program, at most: a longer sequence is cut into equal segments, never more than MAX_SEGMENTS. A constant,
-#: so that the result for an image does not depend on the batch that it is in.
+#: Tokens per program, unless that makes more than MAX_SEGMENTS: a longer sequence is cut into equal segments of at
+#: most so many. A constant, so that the result for an image does not depend on the batch that it is in.
 SEGMENT = 256
 MAX_SEGMENTS = 256
 #: The smallest exponent, in base 2, with which the fast path may go on: a sum of gates between the middles of
