@@ -281,7 +281,7 @@ ch04.bytes_kept(tokens, curves, {name: (T_, size) for name, size in measured.ite
 # The naive layer keeps what was predicted, and its inputs. The chunked layer keeps few states but a number of products
 # of the size of its inputs, one set a level of halving. The fused layer keeps next to nothing: its backward pass
 # computes the states again, *one a chunk*, writes those to memory that is free again when the pass ends, and walks
-# through the chunks with them. (Of a sequence longer than 256 tokens it keeps the states between pieces of 256.) That is the compromise called **checkpointing**: more arithmetic,
+# through the chunks with them. (Of a sequence longer than 256 tokens it keeps the states between pieces of at most 256.) That is the compromise called **checkpointing**: more arithmetic,
 # which is cheap, for less memory traffic, which is not.
 #
 # Could we not run the scan *backwards* and keep nothing, $S_{t-1} = (S_t - k_t^\top v_t) / \alpha_t$? That inverts Eq.
