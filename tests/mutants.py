@@ -355,9 +355,11 @@ MUTANTS = [
     Mutant("launch: gradients cancel below the roundoff", LAUNCH, '"ieee": -2.0}', '"ieee": -60.0}'),
     Mutant("launch: the backward pass has the forward one's bound", LAUNCH, "BOUND_BACKWARD[dot] if backward else BOUND", "BOUND"),
     # The launcher: segments.
-    Mutant("launch: two segments do not enter each other", LAUNCH, "    if segments <= 1:", "    if segments <= 2:"),
+    Mutant("launch: two segments do not enter each other", LAUNCH, "    if segments == 1:", "    if segments <= 2:"),
     Mutant("launch: states of a part of V enter", LAUNCH, 'BV // constants["ROWS_AT_ONCE"]', 'BV // constants["ROWS_AT_ONCE"] // 2'),
-    Mutant("launch: half a chunk in a segment", LAUNCH, "max(1, triton.cdiv(T, CHUNK)) * CHUNK", "max(1, triton.cdiv(T, CHUNK // 2)) * (CHUNK // 2)"),
+    Mutant("launch: half a chunk in a segment", LAUNCH, "triton.cdiv(T, CHUNK) * CHUNK", "triton.cdiv(T, CHUNK // 2) * (CHUNK // 2)"),
+    Mutant("launch: segments counted as if any number were allowed", LAUNCH, "    if T <= SEGMENT * MAX_SEGMENTS:\n        return triton.cdiv(T, SEGMENT)\n    return triton.cdiv(T, _segment(T))", "    return triton.cdiv(T, SEGMENT)"),
+    Mutant("launch: segments counted as torch.export cannot", LAUNCH, "    if T <= SEGMENT * MAX_SEGMENTS:\n        return triton.cdiv(T, SEGMENT)\n    return triton", "    return triton"),
     Mutant("launch: segments of half a long chunk", LAUNCH, "segments * LONG_CHUNK) * LONG_CHUNK", "segments * CHUNK) * CHUNK"),
     Mutant("launch: the last segment takes what is left", LAUNCH, "triton.cdiv(T, segments * LONG_CHUNK) * LONG_CHUNK", "max(SEGMENT, triton.cdiv(T, segments * LONG_CHUNK) * LONG_CHUNK)"),
     Mutant("launch: any number of segments", LAUNCH, "min(triton.cdiv(T, SEGMENT), MAX_SEGMENTS)", "triton.cdiv(T, SEGMENT)"),

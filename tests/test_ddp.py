@@ -20,7 +20,7 @@ from vig_ref import ViG, ViGConfig
 
 ROOT = Path(__file__).parent.parent
 PROCESSES = 2
-ALONE = torch.cuda.device_count() >= PROCESSES
+GPU_EACH = torch.cuda.device_count() >= PROCESSES
 PATIENCE = datetime.timedelta(seconds=120)
 
 
@@ -37,10 +37,10 @@ def gradients(model: torch.nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def one_process(rank: int, folder: Path) -> None:
-    if ALONE:
+    if GPU_EACH:
         torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "nccl" if ALONE else "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=PROCESSES,
+        "nccl" if GPU_EACH else "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=PROCESSES,
         timeout=PATIENCE,
     )  # fmt: skip
     model, images = model_and_images()

@@ -216,17 +216,29 @@ def test_segments_of_a_neighbour_do_not_matter(segments_of):
     assert torch.equal(whole[1:, 1:], alone)
 
 
-@pytest.mark.parametrize("T", [1, 15, 16, 17, 196, 255, 256, 257, 784, 1000, 65_536, 65_537, 100_000, 5_000_000])
-def test_a_sequence_is_cut_into_few_segments(T):
+def test_a_sequence_is_cut_into_few_segments():
     """Whole chunks of every kernel, no segment without tokens, no more of them than need be, and none longer."""
-    tokens = launch._segment(T)
-    segments = launch._grid(torch.empty(1, 1, T, 1, device="meta"), 32)[2]
-    chunk = C if segments == 1 else launch.LONG_CHUNK
-    assert tokens % chunk == 0
-    assert (segments - 1) * tokens < T <= segments * tokens
-    wanted = min(-(-T // launch.SEGMENT), launch.MAX_SEGMENTS)
-    assert segments <= wanted
-    assert tokens < T / wanted + chunk
+    for T in (*range(1, 70_000), 100_000, 5_000_000, 2**31 - 1):
+        tokens, segments = launch._segment(T), launch._segments(T)
+        chunk = C if segments == 1 else launch.LONG_CHUNK
+        assert tokens % chunk == 0, T
+        assert (segments - 1) * tokens < T <= segments * tokens, T
+        wanted = min(-(-T // launch.SEGMENT), launch.MAX_SEGMENTS)
+        assert segments <= wanted, T
+        assert tokens < T / wanted + chunk, T
+
+
+@pytest.mark.parametrize(("least", "most"), [(2, 256), (17, 256), (257, 65_536), (1024, 4096)])
+def test_any_number_of_tokens_can_be_exported(least, most):
+    """What torch.export must assume of T to know how many segments there are is where they begin, and no more."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, *inputs):
+            return launch._forward(*inputs, 0.5, "ieee")
+
+    x = on_device(1, 1, most, 3, 4)[:5]
+    T = torch.export.Dim("T", min=least, max=most)
+    torch.export.export(Layer(), x, dynamic_shapes=(({2: T},) * 5,), strict=False)
 
 
 def test_every_chunk_leaves_its_share_of_o_in_a_place_of_its_own(keep, segments_of):

@@ -40,8 +40,7 @@ def fused(K: int, V: int, T: int) -> dict[str, int]:
     scan = (K + V) * BF16 + K * FP32  # what moves a state: k and v (or q and do), and the gate of the direction
     forward = floor(K, V)["forward"] + (2 * K + V) * BF16 + share  # q, k and v by both scans
     backward = floor(K, V)["forward+backward"] - floor(K, V)["forward"] + 2 * scan + 2 * state
-    tokens = launch._segment(T)
-    segments = math.ceil(T / tokens)
+    tokens, segments = launch._segment(T), launch._segments(T)
     if segments > 1:  # what each segment but the last adds to a state, and what enters each, are written and read
         state = K * V * FP32
         again = T + (segments - 2) * tokens  # tokens of both directions: all but the first or the last segment

@@ -15,7 +15,8 @@ from vig_ref.fused import kernels
 #: Tokens per chunk: the smallest tile that the tensor cores take. Less is forgotten, so that the fast path serves
 #: more gates, and a program needs fewer registers.
 CHUNK = 16
-#: With bfloat16 in `segment_kernel`, which has no fast path to mind.
+#: Tokens per chunk in `segment_kernel` with bfloat16: it has no fast path to mind. Where there are several segments
+#: they are multiples of it, whatever the dtype.
 LONG_CHUNK = 2 * CHUNK
 
 
@@ -36,8 +37,8 @@ TILES = {(16, 32): Warps(1, 2, 4, 4), (32, 64): Warps(2, 4, 2, 4), (128, 32): Wa
 #: warps, twelve of one, then share a multiprocessor. With fewer, or with so many in the backward pass, programs spill.
 REGISTERS = {(16, 32): 168, (32, 64): 168}
 MAX_K = max(BK for BK, _ in TILES)
-#: Tokens per program, unless that makes more than MAX_SEGMENTS: a longer sequence is cut into equal segments of at
-#: most so many. A constant, so that the result for an image does not depend on the batch that it is in.
+#: Tokens per program, at most, unless that makes more than MAX_SEGMENTS: a longer sequence is cut into segments. A
+#: constant, so that the result for an image does not depend on the batch that it is in. A multiple of LONG_CHUNK.
 SEGMENT = 256
 MAX_SEGMENTS = 256
 #: The smallest exponent, in base 2, with which the fast path may go on: a sum of gates between the middles of
@@ -223,7 +224,7 @@ def _entering(q: Tensor, v: Tensor) -> Tensor:
     wide = torch.promote_types(v.dtype, torch.float32)
     BK, BV = _tile(q, v)
     BH, blocks, segments = _grid(v, BV)
-    if segments <= 1:
+    if segments == 1:
         return v.new_empty(0, dtype=wide)
     return v.new_empty(BH * blocks, 2, segments, BV, BK, dtype=wide)
 
@@ -269,14 +270,19 @@ def _rounded(x: Tensor, options: dict) -> torch.dtype:
 
 
 def _segment(T: int) -> int:
-    """Tokens per segment: whole chunks, in as few segments as SEGMENT allows, and no more than so many must have."""
+    """Tokens per segment: whole chunks, and no more than the number of segments needs."""
     if T <= SEGMENT:
-        return max(1, triton.cdiv(T, CHUNK)) * CHUNK
+        return triton.cdiv(T, CHUNK) * CHUNK
     segments = min(triton.cdiv(T, SEGMENT), MAX_SEGMENTS)
     return triton.cdiv(T, segments * LONG_CHUNK) * LONG_CHUNK
 
 
 def _segments(T: int) -> int:
+    """How many there are, none of them empty: cdiv(T, _segment(T)), as a formula that torch.export can solve for T."""
+    if T <= SEGMENT:
+        return 1
+    if T <= SEGMENT * MAX_SEGMENTS:
+        return triton.cdiv(T, SEGMENT)
     return triton.cdiv(T, _segment(T))
 
 
@@ -318,7 +324,7 @@ def _far(*tensors: Tensor | None) -> bool:
     for states, where a segment stays below 2^31 for every T that does.
     """
     there = [x for x in tensors if x is not None]
-    return any((x.shape[2] + 2 * CHUNK) * x.stride(2) + (x.shape[3] + MAX_K) * x.stride(3) >= 2**30 for x in there)
+    return any((x.shape[2] + LONG_CHUNK) * x.stride(2) + (x.shape[3] + MAX_K) * x.stride(3) >= 2**30 for x in there)
 
 
 def _tile(q: Tensor, v: Tensor) -> tuple[int, int]:
