@@ -324,7 +324,7 @@ def _far(*tensors: Tensor | None) -> bool:
     for states, where a segment stays below 2^31 for every T that does.
     """
     there = [x for x in tensors if x is not None]
-    return any((x.shape[2] + LONG_CHUNK) * x.stride(2) + (x.shape[3] + MAX_K) * x.stride(3) >= 2**30 for x in there)
+    return any((x.shape[2] + 2 * CHUNK) * x.stride(2) + (x.shape[3] + MAX_K) * x.stride(3) >= 2**30 for x in there)
 
 
 def _tile(q: Tensor, v: Tensor) -> tuple[int, int]:
