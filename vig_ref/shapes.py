@@ -10,21 +10,25 @@ from torch import Tensor
 
 def bidirectional_gla(q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor, g_rev: Tensor, *, scale: float) -> Tensor:
     """See `vig_ref.bidirectional_gla`."""
-    return _forward(q, k, v, [g_fwd, g_rev])
+    return torch.ops.vig_ref.gla_shape(q, k, v, [g_fwd, g_rev])
 
 
 def gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, reverse: bool, scale: float) -> Tensor:
     """See `vig_ref.gla`."""
-    return _forward(q, k, v, [g])
+    return torch.ops.vig_ref.gla_shape(q, k, v, [g])
 
 
-@torch.library.custom_op("vig_ref::gla_shape", mutates_args=(), device_types="meta")
-def _forward(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor]) -> Tensor:
+torch.library.define("vig_ref::gla_shape", "(Tensor q, Tensor k, Tensor v, Tensor[] gates) -> Tensor")
+torch.library.define("vig_ref::gla_shape_backward", "(Tensor q, Tensor k, Tensor v, Tensor[] gates) -> Tensor[]")
+
+
+@torch.library.register_fake("vig_ref::gla_shape")
+def _(q, k, v, gates):
     return torch.empty_like(v)
 
 
-@torch.library.custom_op("vig_ref::gla_shape_backward", mutates_args=(), device_types="meta")
-def _backward(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor]) -> list[Tensor]:
+@torch.library.register_fake("vig_ref::gla_shape_backward")
+def _(q, k, v, gates):
     return [torch.empty_like(x) for x in (q, k, v, *gates)]
 
 
@@ -35,8 +39,8 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, do):
     q, k, v, *gates = ctx.saved_tensors
-    dq, dk, dv, *dg = _backward(q, k, v, gates)
+    dq, dk, dv, *dg = torch.ops.vig_ref.gla_shape_backward(q, k, v, gates)
     return dq, dk, dv, dg
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("vig_ref::gla_shape", _differentiate, setup_context=_save)
