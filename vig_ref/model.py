@@ -202,8 +202,8 @@ class Mixer(nn.Module):
 
     def local(self, x: Tensor) -> Tensor:
         """The local branch: `[B, h, w, D]` to `[B, T, D]`."""
-        local = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, h, w, D]
-        return (F.silu(local) if self.silu else local).flatten(1, 2)
+        local = self.dwconv(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+        return F.silu(local) if self.silu else local
 
     def project(self, local: Tensor) -> tuple[Tensor, ...]:
         """The operator's inputs q, k, v, g_fwd, g_rev, `[B, H, T, K or V]`: views of two projections of `local`."""
@@ -267,8 +267,12 @@ class Block(nn.Module):
         return self.branches(x)
 
     def branches(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        # As `[B, T, D]`: near a convolution torch.compile takes whatever has four dimensions for `[B, D, h, w]`, and
+        # would lay out sums with the rows of the grid side by side, not the channels.
+        grid, x = x.shape[1:3], x.flatten(1, 2)
+        x = x + self.drop_path(self.mixer(self.norm1(x).unflatten(1, grid)).flatten(1, 2))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x.unflatten(1, grid)
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
