@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from vig_ref import agreement, bench_report, machine, tolerance, traffic
+from vig_ref import agreement, bench_models, bench_report, machine, tolerance, traffic
 from vig_ref.bench_report import IMPLS, PEER_PACKAGES, Report, Row
 from vig_ref.tolerance import REGIMES, Inputs
 from vig_ref.traffic import PASSES
@@ -246,18 +246,6 @@ def queued_times(function: Callable[[Any], Any], group: list, on_host: float) ->
     return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
-def mebibytes(function: Callable[[Any], Any], x: Any, device: str) -> float | None:
-    """Peak of what a call takes beyond its inputs, its results included; None on a CPU, where nobody counts."""
-    if device == "cpu":
-        return None
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function(x)
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
-
-
 def bandwidth(device: str) -> list[float]:
     """Bytes a millisecond, reads and writes together, of a copy that no cache holds: quartiles, ascending."""
     source = torch.zeros(int(COPIED[device]), dtype=torch.uint8, device=device)
@@ -286,7 +274,8 @@ def measured(shape: Shape, impl: Impl, device: str) -> list[Row]:
     for which in PASSES:
         function = call(impl, which != "forward", shaped.K**-0.5)
         ms = quartiles(times(function, sets, device))
-        rows.append(row(shape, impl.name, which, ms, mebibytes(function, sets[0], device)))
+        mib = machine.mebibytes(functools.partial(function, sets[0]), device)
+        rows.append(row(shape, impl.name, which, ms, mib))
     return rows
 
 
@@ -301,14 +290,19 @@ def floor(shape: Shape, speed: list[float]) -> list[Row]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("what", choices=("ops", "traffic"), help="time the operator, or only count its bytes")
-    only = parser.add_argument_group("of ops only")
-    only.add_argument("--device", choices=("cuda", "cpu"), default=here, help=f"here the default is {here}")
+    parser.add_argument(
+        "what", choices=("ops", "models", "traffic"),
+        help="time the operator, or whole models, or only count the operator's bytes",
+    )  # fmt: skip
+    timed = parser.add_argument_group("of ops and models")
+    timed.add_argument("--device", choices=("cuda", "cpu"), default=here, help=f"here the default is {here}")
+    timed.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for what is written (out/bench)")
+    timed.add_argument("--record", type=Path, metavar="FILE", help="also write this JSON; of ops a picture, too")
+    timed.add_argument("--report", type=Path, metavar="FILE", help="only print such a record as Markdown tables")
     names = ", ".join(NAMED)
-    only.add_argument("--shapes", nargs="+", type=parse_shape, metavar="SHAPE", help=f"B,H,T,K,V, or one of {names}")
-    only.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for what is written (out/bench)")
-    only.add_argument("--record", type=Path, metavar="FILE", help="also write this JSON, the picture beside it")
-    only.add_argument("--report", type=Path, metavar="FILE", help="only print such a record as Markdown tables")
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, help=f"of ops: B,H,T,K,V, or one of {names}")
+    images = "of models: pixels a side and batch, PIXELS,BATCH"
+    parser.add_argument("--images", nargs="+", type=bench_models.parse_case, metavar="IMAGES", help=images)
 
 
 def parse_shape(text: str) -> Shape:
@@ -325,6 +319,8 @@ def run(options: argparse.Namespace) -> int:
     if options.what == "traffic":
         print(traffic.table())
         return 0
+    if options.what == "models":
+        return bench_models.run(options)
     if options.report:
         print(bench_report.markdown(json.loads(options.report.read_text()), options.report.with_suffix(".png")))
         return 0

@@ -1,8 +1,10 @@
 """The machine that a command runs on: is the device there, and what does somebody need to repeat the run?"""
 
 import datetime
+import gc
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +20,18 @@ def prepare(command: str, device: str) -> None:
         torch.set_num_threads(1)
     elif not torch.cuda.is_available():
         raise SystemExit(f"{command}: --device cuda needs an NVIDIA GPU and a CUDA build of torch; leave it out")
+
+
+def mebibytes(function: Callable[[], Any], device: str) -> float | None:
+    """Peak of what a call takes beyond what is there, its results included; None on a CPU, where nobody counts."""
+    if device == "cpu":
+        return None
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
 
 
 def circumstances(command: str, device: str, packages: tuple[str, ...] = ()) -> dict[str, Any]:

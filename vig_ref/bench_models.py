@@ -1,0 +1,187 @@
+"""`vig-ref bench models`: images a second of a whole ViG-T, beside the DeiT of its width and depth.
+
+Both compute in bfloat16 autocast, as PyTorch runs them ("eager") and compiled into CUDA graphs ("compiled"):
+
+    inference    logits, without gradients
+    training     logits, cross entropy and the gradients of all parameters; no optimizer, which is the same for both
+
+The clock is the host's, and runs until the GPU is done: what Python and the launches cost is in it. DeiT-T is timm's,
+whose attention is `F.scaled_dot_product_attention`. The ViG is one that `wake` has initialised, so that its global
+branch counts. Whatever is timed computes logits first, which are compared with those of the chunked layer in float32.
+"""
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vig_ref import bench_report, machine
+from vig_ref.bench_report import Report, Row
+from vig_ref.model import ViG, create_model, wake
+from vig_ref.tables import import_timm
+from vig_ref.verify import write_json
+
+MODELS = ("ViG-T", "DeiT-T")
+PASSES = ("inference", "training")
+#: How a model is run; a CPU has no graphs to launch.
+HOW = {"cuda": ("eager", "compiled"), "cpu": ("eager",)}
+#: Rounds, and how long one takes at least, in seconds.
+ROUNDS, SECONDS = 5, 0.2
+#: Error of the logits, relative to their root mean square. In bfloat16 the chunked layer has 0.4 to 0.5 % on images of
+#: 64 to 512 pixels; without one direction it is 2 to 10 %, and without the operator 20 %.
+LIMIT = 0.01
+
+
+class Case(NamedTuple):
+    """Pixels of a side of the square images, and how many there are."""
+
+    pixels: int
+    batch: int
+
+
+#: On a GPU about as many pixels in each.
+CASES = {"cuda": [Case(224, 256), Case(512, 64), Case(1024, 16), Case(2048, 4)], "cpu": [Case(64, 2)]}
+
+
+class WrongLogits(Exception):
+    pass
+
+
+def build(name: str, pixels: int) -> nn.Module:
+    """A seeded model for images of that size."""
+    torch.manual_seed(0)
+    if name == "DeiT-T":
+        timm, _ = import_timm()
+        assert timm, "left out where it is missing"
+        return timm.create_model("deit_tiny_patch16_224", img_size=pixels)
+    model = create_model("vig_tiny", img_size=pixels)
+    wake(model)
+    return model
+
+
+def error(got: Tensor, model: ViG, images: Tensor) -> float:
+    """Of the first two images' logits, against the chunked layer in float32."""
+    backend, model.backend = model.backend, "chunked"
+    exact = model(images[:2])
+    model.backend = backend
+    return ((got[:2].float() - exact).square().mean() / exact.square().mean()).sqrt().item()
+
+
+def rates(function: Callable[[], Any], batch: int, device: str) -> list[float]:
+    """Images a second, a number a round."""
+
+    def seconds(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for _ in range(3):  # compiles, captures, allocates
+        seconds(1)
+    calls = math.ceil(SECONDS / seconds(1))
+    return [calls * batch / seconds(calls) for _ in range(ROUNDS)]
+
+
+def measured(case: Case, name: str, how: str, which: str, device: str) -> Row:
+    """A row of the report. Memory is that of an eager call: a graph keeps its own from one call to the next."""
+    model = build(name, case.pixels).to(device).train(which == "training")
+    images = torch.randn(case.batch, 3, case.pixels, case.pixels, device=device)
+    labels = torch.arange(case.batch, device=device) % 1000
+    function: Any = model if how == "eager" else torch.compile(model, mode="reduce-overhead")  # that is, CUDA graphs
+
+    def inference() -> Tensor:
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+            return function(images)
+
+    def training() -> None:
+        with torch.autocast(device, torch.bfloat16):
+            loss = F.cross_entropy(function(images), labels)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    found: Row = {**case._asdict(), "model": name, "how": how, "pass": which}
+    if which == "inference" and isinstance(model, ViG):
+        with torch.no_grad():
+            found["error"] = float(f"{error(inference(), model, images):.2g}")
+        if not found["error"] <= LIMIT:
+            raise WrongLogits(f"{how} ViG-T at {case.pixels} pixels: an error of {found['error']:.2g}, limit {LIMIT}")
+    one_pass = inference if which == "inference" else training
+    quartiles = statistics.quantiles(rates(one_pass, case.batch, device), n=4, method="inclusive")
+    low, middle, high = (float(f"{x:.4g}") for x in quartiles)
+    mib = machine.mebibytes(one_pass, device) if how == "eager" else None
+    return found | {"images_per_s": middle, "low": low, "high": high, "mib": mib}
+
+
+def run(options: argparse.Namespace) -> int:
+    """1 if the logits of a ViG are wrong, else 0."""
+    if options.report:
+        print(markdown(json.loads(options.report.read_text())))
+        return 0
+    machine.prepare("vig-ref bench", options.device)
+    timm, reason = import_timm()
+    found = machine.circumstances(command(options), options.device, ("timm",))
+    found |= {"left_out": "" if timm else f"DeiT-T: {reason}", "rows": []}
+    names = MODELS if timm else MODELS[:1]
+    cases = options.images or CASES[options.device]
+    todo = [(c, name, how, which) for c in cases for which in PASSES for how in HOW[options.device] for name in names]
+    for case, name, how, which in tqdm(todo, desc="timing", unit="row", disable=None):
+        try:
+            found["rows"].append(measured(case, name, how, which, options.device))
+        except WrongLogits as wrong:
+            print(f"FAILED: {wrong}. The speed of a wrong model is not told: see vig-ref verify.", file=sys.stderr)
+            return 1
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+    for path in [options.out / "models.json", *([options.record] if options.record else [])]:
+        write_json(found, path)
+    print(markdown(found))
+    print(f"\nwritten: {options.out / 'models.json'}")
+    return 0
+
+
+def command(options: argparse.Namespace) -> str:
+    words = ["vig-ref bench models", f"--device {options.device}"]
+    if options.images:
+        words += ["--images", *(f"{c.pixels},{c.batch}" for c in options.images)]
+    return " ".join(words)
+
+
+def markdown(found: Report) -> str:
+    """For the terminal and the documentation: a table a pass, a line for each case and way to run it."""
+    versions = [f"{name} {found['versions'][name]}" for name in ("torch", "triton", "timm")]
+    circumstances = ", ".join([found["device"], *versions, found["date"][:10], f"`{found['command']}`"])
+    lines = [f"{circumstances}. Medians of {ROUNDS} rounds."]
+    for which in PASSES:
+        lines += ["", f"{which.capitalize()}, images a second, and MiB beyond the model and the images:", ""]
+        lines += ["| pixels | batch | | ViG-T | DeiT-T | ViG-T / DeiT-T | ViG-T, MiB | DeiT-T, MiB |", "|" + "---|" * 8]
+        table: dict[tuple, dict[str, Row]] = {}
+        for r in found["rows"]:
+            if r["pass"] == which:
+                table.setdefault((r["pixels"], r["batch"], r["how"]), {})[r["model"]] = r
+        for case, of in table.items():
+            ours, peer = of["ViG-T"], of.get("DeiT-T", {"images_per_s": None, "mib": None})
+            ratio = ours["images_per_s"] / peer["images_per_s"] if peer["images_per_s"] else None
+            numbers = (ours["images_per_s"], peer["images_per_s"], ratio, ours["mib"], peer["mib"])
+            cells = [*case, *(bench_report.number(x, 2 if x is ratio else 3) for x in numbers)]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines + ["", f"Left out: {found['left_out']}."] * bool(found["left_out"]))
+
+
+def parse_case(text: str) -> Case:
+    sizes = [int(n) if n.isdecimal() else 0 for n in text.split(",")]
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"expected PIXELS,BATCH, such as 224,256; got {text!r}")
+    return Case(*sizes)
