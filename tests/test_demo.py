@@ -42,7 +42,8 @@ def test_a_run_succeeds_and_writes_its_summary(finished):
     assert {"test_accuracy", "seconds", "agreement", "versions", "device", "date", "command"} <= summary.keys()
     assert 0.2 < summary["test_accuracy"] <= 1  # two epochs are enough to be better than guessing
     assert summary["test_accuracy"] == summary["history"][-1]["test_accuracy"]
-    assert summary["versions"]["torch"] == torch.__version__
+    torch_version = summary["versions"]["torch"].partition("+")[0]
+    assert torch_version == torch.__version__.partition("+")[0]  # PyPI's packages do not say which CUDA
     assert summary["first_steps"]["agree"]
     assert len(summary["history"]) == 2
 
