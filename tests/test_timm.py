@@ -1,22 +1,12 @@
 """The models in timm: what timm's own tests/test_models.py asks of every model, asked of ours."""
 
 import json
-import sys
-import types
 
 import pytest
 import torch
 
+import fitting_torchvision  # noqa: F401
 from test_tables import COMMITTED
-
-# PyPI's torchvision, which timm imports, is built for PyPI's torch. Beside a CPU build of torch its compiled operators
-# are missing, and importing it fails where it registers shapes for them. timm's models need none: skip that module.
-try:
-    import torchvision  # noqa: F401
-except ImportError:
-    pass
-except RuntimeError:
-    sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
 
 timm = pytest.importorskip("timm", reason="needs the extra 'timm'")
 

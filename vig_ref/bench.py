@@ -300,9 +300,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     timed.add_argument("--record", type=Path, metavar="FILE", help="also write this JSON; of ops a picture, too")
     timed.add_argument("--report", type=Path, metavar="FILE", help="only print such a record as Markdown tables")
     names = ", ".join(NAMED)
-    parser.add_argument("--shapes", nargs="+", type=parse_shape, help=f"of ops: B,H,T,K,V, or one of {names}")
-    images = "of models: pixels a side and batch, PIXELS,BATCH"
-    parser.add_argument("--images", nargs="+", type=bench_models.parse_case, metavar="IMAGES", help=images)
+    ops = parser.add_argument_group("of ops only")
+    ops.add_argument("--shapes", nargs="+", type=parse_shape, metavar="SHAPE", help=f"B,H,T,K,V, or one of {names}")
+    models = parser.add_argument_group("of models only")
+    sizes = "PIXELS,BATCH, the side of square images and how many"
+    models.add_argument("--images", nargs="+", type=bench_models.parse_case, metavar="SIZE", help=sizes)
 
 
 def parse_shape(text: str) -> Shape:
@@ -316,6 +318,9 @@ def parse_shape(text: str) -> Shape:
 
 def run(options: argparse.Namespace) -> int:
     """1 if a layer is wrong, else 0."""
+    for what, given, name in (("ops", options.shapes, "--shapes"), ("models", options.images, "--images")):
+        if given and options.what != what:
+            raise SystemExit(f"vig-ref bench {options.what}: {name} is an option of vig-ref bench {what}; leave it out")
     if options.what == "traffic":
         print(traffic.table())
         return 0

@@ -24,7 +24,7 @@ COMMANDS = {
     "see": Command("vig_ref.see", "demo", "attention maps and effective receptive fields as pictures"),
     "verify": Command("vig_ref.verify", "demo", "check every layer on this machine, before you trust it"),
     "tables": Command("vig_ref.tables", "demo", "the paper's sizes and costs beside what is counted here"),
-    "bench": Command("vig_ref.bench", "demo", "time and memory of the operator, beside what else one could use"),
+    "bench": Command("vig_ref.bench", "demo", "time and memory of the operator or of models, beside their peers"),
 }
 
 

@@ -22,6 +22,15 @@ def prepare(command: str, device: str) -> None:
         raise SystemExit(f"{command}: --device cuda needs an NVIDIA GPU and a CUDA build of torch; leave it out")
 
 
+def import_timm() -> tuple[Any, str]:
+    """timm, or None and the reason: it is absent, or its torchvision does not fit the torch that is installed."""
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:
+        return None, f"{type(error).__name__}: {error}"
+    return timm, ""
+
+
 def mebibytes(function: Callable[[], Any], device: str) -> float | None:
     """Peak of what a call takes beyond what is there, its results included; None on a CPU, where nobody counts."""
     if device == "cpu":

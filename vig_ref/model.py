@@ -3,8 +3,8 @@
 First the parts, then the two families made of them: `ViG`, plain, and `HierarchicalViG` (the paper's ViG-H). What both
 owe to the world around them, feature maps or another head, is in backbone.py.
 
-Images and tokens stay on their grid, channels last: `[B, h, w, D]`, with T = h w tokens in row-major order. Only the
-mixer unrolls them. Letters: docs/notation.md. The architecture is the released one (github.com/hustvl/ViG, commit
+Images and tokens stay on their grid, channels last: `[B, h, w, D]`, with T = h w tokens in row-major order. Only inside
+a block they are a row. Letters: docs/notation.md. The architecture is the released one (github.com/hustvl/ViG, commit
 dfb9d32); where the paper says otherwise, the docstring of the class says so.
 """
 
@@ -267,8 +267,8 @@ class Block(nn.Module):
         return self.branches(x)
 
     def branches(self, x: Tensor) -> Tensor:
-        # As `[B, T, D]`: near a convolution torch.compile takes whatever has four dimensions for `[B, D, h, w]`, and
-        # would lay out sums with the rows of the grid side by side, not the channels.
+        # As `[B, T, D]`: near a convolution torch.compile (find_nodes_prefer_channels_last in torch/_inductor/graph.py)
+        # takes whatever has four dimensions for `[B, D, h, w]`, and would lay out sums with h side by side, not D.
         grid, x = x.shape[1:3], x.flatten(1, 2)
         x = x + self.drop_path(self.mixer(self.norm1(x).unflatten(1, grid)).flatten(1, 2))
         x = x + self.drop_path(self.mlp(self.norm2(x)))

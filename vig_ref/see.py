@@ -28,11 +28,11 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 from vig_ref.demo import SEED, new_figure
+from vig_ref.machine import import_timm
 from vig_ref.model import PRESETS, HierarchicalViG, Mixer, ViG, create_model, wake
 from vig_ref.ops import bidirectional_gla
 from vig_ref.released import load_released
 from vig_ref.roadmap import create_row
-from vig_ref.tables import import_timm
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # of ImageNet, as in training
 

@@ -18,16 +18,18 @@ def gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, reverse: bool, scale: flo
     return torch.ops.vig_ref.gla_shape(q, k, v, [g])
 
 
-torch.library.define("vig_ref::gla_shape", "(Tensor q, Tensor k, Tensor v, Tensor[] gates) -> Tensor")
-torch.library.define("vig_ref::gla_shape_backward", "(Tensor q, Tensor k, Tensor v, Tensor[] gates) -> Tensor[]")
+LIB = torch.library.Library("vig_ref", "FRAGMENT")
+LIB.define("gla_shape(Tensor q, Tensor k, Tensor v, Tensor[] gates) -> Tensor")
+LIB.define("gla_shape_backward(Tensor q, Tensor k, Tensor v, Tensor[] gates) -> Tensor[]")
 
 
-@torch.library.register_fake("vig_ref::gla_shape")
+# A fake is all that they have: torch 2.11 takes no `custom_op` for the meta device.
+@torch.library.register_fake("vig_ref::gla_shape", lib=LIB)
 def _(q, k, v, gates):
     return torch.empty_like(v)
 
 
-@torch.library.register_fake("vig_ref::gla_shape_backward")
+@torch.library.register_fake("vig_ref::gla_shape_backward", lib=LIB)
 def _(q, k, v, gates):
     return [torch.empty_like(x) for x in (q, k, v, *gates)]
 
@@ -43,4 +45,4 @@ def _differentiate(ctx, do):
     return dq, dk, dv, dg
 
 
-torch.library.register_autograd("vig_ref::gla_shape", _differentiate, setup_context=_save)
+torch.library.register_autograd("vig_ref::gla_shape", _differentiate, setup_context=_save, lib=LIB)

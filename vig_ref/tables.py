@@ -18,6 +18,7 @@ from torch import nn
 
 from vig_ref.demo import BLUE, ORANGE, new_figure
 from vig_ref.flops import count_macs
+from vig_ref.machine import import_timm
 from vig_ref.model import PRESETS, create_model
 from vig_ref.roadmap import GLA_VIM, ROADMAP, create_row
 
@@ -114,15 +115,6 @@ def figure_4a(timm: Any | None) -> dict[str, dict[int, int]]:
             n: count_macs(baseline(timm, "deit_tiny_patch16_224", img_size=n), n)[""] for n in RESOLUTIONS
         }
     return curves
-
-
-def import_timm() -> tuple[Any | None, str]:
-    """timm, or None and the reason: it is absent, or its torchvision does not fit the torch that is installed."""
-    try:
-        import timm
-    except (ImportError, RuntimeError) as error:
-        return None, f"{type(error).__name__}: {error}"
-    return timm, ""
 
 
 def measure() -> dict[str, Any]:
