@@ -355,7 +355,7 @@ MUTANTS = [
     Mutant("launch: gradients cancel below the roundoff", LAUNCH, '"ieee": -2.0}', '"ieee": -60.0}'),
     Mutant("launch: the backward pass has the forward one's bound", LAUNCH, "BOUND_BACKWARD[dot] if backward else BOUND", "BOUND"),
     # The launcher: segments.
-    Mutant("launch: two segments do not enter each other", LAUNCH, "    if segments == 1:", "    if segments <= 2:"),
+    Mutant("launch: two segments do not enter each other", LAUNCH, "if v.shape[2] <= SEGMENT:", "if v.shape[2] <= 2 * SEGMENT:"),
     Mutant("launch: states of a part of V enter", LAUNCH, 'BV // constants["ROWS_AT_ONCE"]', 'BV // constants["ROWS_AT_ONCE"] // 2'),
     Mutant("launch: half a chunk in a segment", LAUNCH, "triton.cdiv(T, CHUNK) * CHUNK", "triton.cdiv(T, CHUNK // 2) * (CHUNK // 2)"),
     Mutant("launch: segments counted as if any number were allowed", LAUNCH, "    if T <= SEGMENT * MAX_SEGMENTS:\n        return triton.cdiv(T, SEGMENT)\n    return triton.cdiv(T, _segment(T))", "    return triton.cdiv(T, SEGMENT)"),
@@ -369,7 +369,7 @@ MUTANTS = [
     Mutant("launch: scratch memory for the tokens there are", LAUNCH, "chunks = segments * (_segment(v.shape[2]) // options[\"C\"])", "chunks = triton.cdiv(v.shape[2], options[\"C\"])"),
     Mutant("launch: 33 bits taken for 32", LAUNCH, ">= 2**30 for x", ">= 2**31 for x"),
     Mutant("launch: gates may lie farther than values", LAUNCH, "_far(q, k, v, g_fwd, g_rev, o)", "_far(q, k, v, o)"),
-    Mutant("launch: entering states in the dtype of v", LAUNCH, "    wide = torch.promote_types(v.dtype, torch.float32)\n    BK, BV = _tile(q, v)", "    wide = v.dtype\n    BK, BV = _tile(q, v)"),
+    Mutant("launch: entering states in the dtype of v", LAUNCH, "    wide = torch.promote_types(v.dtype, torch.float32)\n    if v", "    wide = v.dtype\n    if v"),
     Mutant("launch: no room for large inputs", LAUNCH, "\nBOUND = -80.0", "\nBOUND = -120.0"),
     Mutant("launch: parts of gradients in half precision", LAUNCH, "T, D, dtype=torch.promote_types(x.dtype, torch.float32))", "T, D)"),
     Mutant("kernels: blocks of V counted in 32 bits", KERNELS, "tl.program_id(1).to(tl.int64)\n    i_s = (SEGMENTS - 1 - tl.program_id(2)).to(INDEX)\n    i_b, i_h = i_bh // H, i_bh % H\n    i_block = i_bh * tl.num_programs(1) + i_v\n    q, k = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0)\n    v, o", "tl.program_id(1)\n    i_s = (SEGMENTS - 1 - tl.program_id(2)).to(INDEX)\n    i_b, i_h = i_bh // H, i_bh % H\n    i_block = i_bh * tl.num_programs(1) + i_v\n    q, k = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0)\n    v, o"),

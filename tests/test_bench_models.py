@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fitting_torchvision  # noqa: F401
-from test_bench import DOCS, between_markers
+from test_bench import shown_record
 from vig_ref import bench_models, chunked, cli
 from vig_ref.bench_models import CASES, LIMIT, MODELS, PASSES, Case
 
@@ -191,16 +191,11 @@ def test_an_option_of_the_other_command_is_refused(what, option, value, owner):
 
 
 def test_the_page_in_the_docs_shows_the_record():
-    """After a new record: what `vig-ref bench models --report FILE` prints goes between the markers of the page."""
-    path = DOCS / "results" / "h200-models.json"
-    if not path.exists():
-        assert between_markers(path.name) == "Not recorded yet."
-        return
-    record = json.loads(path.read_text())
-    assert between_markers(path.name) == bench_models.markdown(record)
-    assert {(r["model"], r["pass"]) for r in record["rows"]} == {(name, which) for name in MODELS for which in PASSES}
-    assert {(r["pixels"], r["batch"]) for r in record["rows"]} <= set(CASES["cuda"])
-    assert all(r["error"] <= LIMIT for r in record["rows"] if (r["model"], r["pass"]) == ("ViG-T", "inference"))
+    if record := shown_record("h200-models.json", bench_models.markdown):
+        rows = record["rows"]
+        assert {(r["model"], r["pass"]) for r in rows} == {(name, which) for name in MODELS for which in PASSES}
+        assert {(r["pixels"], r["batch"]) for r in rows} <= set(CASES["cuda"])
+        assert all(r["error"] <= LIMIT for r in rows if (r["model"], r["pass"]) == ("ViG-T", "inference"))
 
 
 @pytest.mark.gpu

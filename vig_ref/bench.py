@@ -17,7 +17,6 @@ import importlib.util
 import itertools
 import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -30,7 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vig_ref import agreement, bench_models, bench_report, machine, tolerance, traffic
-from vig_ref.bench_report import IMPLS, PEER_PACKAGES, Report, Row
+from vig_ref.bench_report import IMPLS, PEER_PACKAGES, Report, Row, quartiles
+from vig_ref.cli import sizes
 from vig_ref.tolerance import REGIMES, Inputs
 from vig_ref.traffic import PASSES
 from vig_ref.verify import write_json
@@ -254,10 +254,6 @@ def bandwidth(device: str) -> list[float]:
     return sorted(2 * source.numel() / ms for ms in quartiles(found))
 
 
-def quartiles(found: list[float]) -> list[float]:
-    return statistics.quantiles(found, n=4, method="inclusive")
-
-
 def row(shape: Shape, impl: str, which: str, ms: list[float], mib: float | None) -> Row:
     """`ms` are quartiles, ascending."""
     low, middle, high = (float(f"{x:.4g}") for x in ms)
@@ -303,17 +299,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ops = parser.add_argument_group("of ops only")
     ops.add_argument("--shapes", nargs="+", type=parse_shape, metavar="SHAPE", help=f"B,H,T,K,V, or one of {names}")
     models = parser.add_argument_group("of models only")
-    sizes = "PIXELS,BATCH, the side of square images and how many"
-    models.add_argument("--images", nargs="+", type=bench_models.parse_case, metavar="SIZE", help=sizes)
+    square = "PIXELS,BATCH, the side of square images and how many"
+    models.add_argument("--images", nargs="+", type=bench_models.parse_case, metavar="SIZE", help=square)
 
 
 def parse_shape(text: str) -> Shape:
     if text in NAMED:
         return NAMED[text]
-    sizes = [int(n) if n.isdecimal() else 0 for n in text.split(",")]
-    if len(sizes) != 5 or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"expected five sizes B,H,T,K,V or one of {', '.join(NAMED)}; got {text!r}")
-    return Shape(text, *sizes)
+    return Shape(text, *sizes(text, 5, f"five sizes B,H,T,K,V or one of {', '.join(NAMED)}"))
 
 
 def run(options: argparse.Namespace) -> int:

@@ -17,7 +17,6 @@ import argparse
 import gc
 import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from vig_ref import bench_report, machine
 from vig_ref.bench_report import Report, Row
+from vig_ref.cli import sizes
 from vig_ref.machine import import_timm
 from vig_ref.model import ViG, create_model, wake
 from vig_ref.verify import write_json
@@ -126,7 +126,7 @@ def measured(case: Case, name: str, how: str, which: str, device: str) -> Row:
             raise WrongLogits(f"{how} ViG-T at {case.pixels} pixels: an error of {off:.2g}, limit {LIMIT}")
         found["error"] = float(f"{off:.2g}")
     one_pass = inference if which == "inference" else training
-    quartiles = statistics.quantiles(rates(one_pass, case.batch, device), n=4, method="inclusive")
+    quartiles = bench_report.quartiles(rates(one_pass, case.batch, device))
     low, middle, high = (float(f"{x:.4g}") for x in quartiles)
     mib = machine.mebibytes(one_pass, device) if how == "eager" else None
     return found | {"images_per_s": middle, "low": low, "high": high, "mib": mib}
@@ -179,13 +179,10 @@ def markdown(found: Report) -> str:
     """For the terminal and the documentation: a table a pass, a line for each case and way to run it."""
     versions = [f"{name} {found['versions'][name]}" for name in ("torch", "triton", "timm")]
     circumstances = ", ".join([found["device"], *versions, found["date"][:10], f"`{found['command']}`"])
-    spread = max(
-        (max(r["high"] - r["images_per_s"], r["images_per_s"] - r["low"]) / r["images_per_s"] for r in found["rows"]),
-        default=0,
-    )
+    within = bench_report.spread((r["low"], r["images_per_s"], r["high"]) for r in found["rows"])
     lines = [
         f"{circumstances}. Medians of rounds; in the row that varies most, half of the rounds are within "
-        f"{100 * spread:.2g} % of it."
+        f"{within} % of it."
     ]
     for which in PASSES:
         lines += ["", f"{which.capitalize()}, images a second, and MiB beyond the model and the images:", ""]
@@ -205,7 +202,4 @@ def markdown(found: Report) -> str:
 
 
 def parse_case(text: str) -> Case:
-    sizes = [int(n) if n.isdecimal() else 0 for n in text.split(",")]
-    if len(sizes) != 2 or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"expected PIXELS,BATCH, such as 224,256; got {text!r}")
-    return Case(*sizes)
+    return Case(*sizes(text, 2, "PIXELS,BATCH, such as 224,256"))

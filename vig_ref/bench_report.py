@@ -6,7 +6,8 @@ A report is a dictionary: `rows`, each one implementation in one pass at one sha
 
 import functools
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,15 @@ def number(x: float | None, digits: int = 3) -> str:
     return f"{x:,.{decimals}f}"
 
 
+def quartiles(found: list[float]) -> list[float]:
+    return statistics.quantiles(found, n=4, method="inclusive")
+
+
+def spread(found: Iterable[tuple[float, float, float]]) -> str:
+    """The largest distance of an outer quartile from its median, in per cent of that."""
+    return f"{100 * max((max(high - middle, middle - low) / middle for low, middle, high in found), default=0):.2g}"
+
+
 def table(found: Report) -> str:
     """For the terminal, under 100 columns: medians with the middle half of the calls, and ratios."""
     lines = [
@@ -71,12 +81,12 @@ def markdown(found: Report, picture: Path) -> str:
     """A record for the documentation: a table for each pass, one for memory, and the picture if it lies beside it."""
     versions = found["versions"]
     fla = next((versions[name] for name in PEER_PACKAGES if versions[name] != "missing"), None)
-    spread = max(max(r["ms_high"] - r["ms"], r["ms"] - r["ms_low"]) / r["ms"] for r in found["rows"])
+    within = spread((r["ms_low"], r["ms"], r["ms_high"]) for r in found["rows"])
     lines = [
         f"{found['device']}, torch {versions['torch']}, Triton {versions['triton']}"
         f"{f', flash-linear-attention {fla}' if fla else ''}, {found['date'][:10]}, `{found['command']}`. "
         f"A copy moves {found['copy_gb_per_s']:,.0f} GB/s. Times are medians; in the row that varies most, half of the "
-        f"calls are within {100 * spread:.2g} % of it."
+        f"calls are within {within} % of it."
     ]
     for which in PASSES:
         lines += ["", f"{which.replace('+', ' + ').capitalize()}, milliseconds:", ""]

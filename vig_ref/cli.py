@@ -37,6 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     return module.run(parser.parse_args(options.arguments))
 
 
+def sizes(text: str, count: int, expected: str) -> list[int]:
+    """So many positive integers with commas between them, as the value of an option."""
+    found = [int(n) if n.isdecimal() else 0 for n in text.split(",")]
+    if len(found) != count or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"expected {expected}; got {text!r}")
+    return found
+
+
 def _parser() -> argparse.ArgumentParser:
     listing = "\n".join(f"  {name:<10}{command.help}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(

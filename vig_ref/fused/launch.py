@@ -222,10 +222,10 @@ def _entering(q: Tensor, v: Tensor) -> Tensor:
     whose inputs are 512; finding it again means reading k, v and a gate once more for each direction, up to 640.
     """
     wide = torch.promote_types(v.dtype, torch.float32)
+    if v.shape[2] <= SEGMENT:
+        return v.new_empty(0, dtype=wide)
     BK, BV = _tile(q, v)
     BH, blocks, segments = _grid(v, BV)
-    if segments == 1:
-        return v.new_empty(0, dtype=wide)
     return v.new_empty(BH * blocks, 2, segments, BV, BK, dtype=wide)
 
 
@@ -312,7 +312,7 @@ def _options(
     there = g_fwd is not None, g_rev is not None
     return constants(
         _tile(q, v), dot, *there, backward=backward, double=q.dtype == torch.float64, far=far,
-        dependent=capability >= (9, 0) and _segments(q.shape[2]) > 1,
+        dependent=capability >= (9, 0) and q.shape[2] > SEGMENT,
     )  # fmt: skip
 
 
