@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vig_ref.model
-from vig_ref.model import PRESETS, DropPath, Mixer, PatchEmbed, RMSNorm, ViG, ViGConfig, create_model
+from vig_ref.model import PRESETS, DropPath, Mixer, PatchConv, PatchEmbed, RMSNorm, ViG, ViGConfig, create_model
 
 #: The fused layer computes in float64 on the CPU where its kernels are interpreted, that is, without a GPU; with one,
 #: tests/test_gpu.py runs it.
@@ -75,6 +76,45 @@ def test_patch_16_has_the_released_stem():
     stem = PatchEmbed(dim=8, patch_size=16, in_chans=3)
     assert (stem.conv1.kernel_size, stem.conv1.stride, stem.conv1.padding) == ((9, 9), (8, 8), (1, 1))
     assert (stem.conv2.kernel_size, stem.conv2.stride, stem.conv2.padding) == ((3, 3), (2, 2), (1, 1))
+
+
+class Results(TorchDispatchMode):
+    """What is computed inside, views left out: the operations and the shapes of their results."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.shapes = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not function.is_view:
+            self.operations.append(function.name())
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize(("in_chans", "kernel_size", "stride"), [(3, 9, 8), (3, 3, 2), (8, 3, 1), (1, 5, 4)])
+def test_the_first_convolution_is_a_product(in_chans, kernel_size, stride):
+    """Also for images that the stride does not divide. Both sum the same 243 products, or fewer, in another order."""
+    conv = PatchConv(in_chans, 6, kernel_size, stride).double()
+    x = images(2, in_chans, 21, 34).requires_grad_()
+    expected, got = conv(x), conv.as_product(x)
+    assert got.shape == expected.shape
+    leaves, do = (x, conv.weight, conv.bias), images(*expected.shape)
+    gradients = (torch.autograd.grad(y, leaves, do) for y in (expected, got))
+    for a, b in ((expected, got), *zip(*gradients, strict=True)):
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("device", "function"), [("cpu", "aten::convolution"), ("cuda", "aten::addmm")])
+def test_on_cuda_the_first_convolution_is_one(device, function):
+    """Tensors without numbers need no GPU."""
+    conv = PatchConv(3, 96, 9, 8)
+    with FakeTensorMode(), Results() as results:
+        weights = {name: torch.empty(p.shape, device=device) for name, p in conv.named_parameters()}
+        y = torch.func.functional_call(conv, weights, torch.empty(2, 3, 32, 48, device=device))
+    assert y.shape == (2, 96, 4, 6)
+    assert [name for name in results.operations if name in ("aten::convolution", "aten::addmm")] == [function]
 
 
 @pytest.mark.parametrize("patch_size", [2, 4, 6, 8, 16, 32])
@@ -312,20 +352,6 @@ def test_create_model_passes_everything_on():
     with torch.device("meta"):
         model = create_model("vig_tiny", backend="naive", num_classes=7, img_size=32, in_chans=1)
     assert (model.backend, model.head.out_features, model.grid, model.in_chans) == ("naive", 7, (2, 2), 1)
-
-
-class Results(TorchDispatchMode):
-    """The shapes of all tensors that are computed inside, views left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not function.is_view:
-            self.shapes.append(tuple(result.shape))
-        return result
 
 
 def test_a_block_computes_tokens_not_their_grid():
