@@ -5,6 +5,7 @@ import torch
 
 from vig_ref import ViG, ViGConfig, bidirectional_gla, create_model, resolve_backend
 from vig_ref.fused import launch
+from vig_ref.model import PatchConv
 from vig_ref.tolerance import draw
 
 pytestmark = pytest.mark.gpu
@@ -40,6 +41,13 @@ def test_fused_model_equals_the_naive_one_in_float64():
     assert (logits - expected).norm() <= 1e-5 * expected.norm()
     for name, p in oracle.named_parameters():
         assert (grads[name] - p.grad).norm() <= 1e-4 * p.grad.norm(), name
+
+
+def test_the_first_convolution_equals_that_of_the_cpu():
+    """Sums of 243 products in float64, in another order."""
+    conv = PatchConv(3, 8, 9, 8).double()
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    torch.testing.assert_close(conv(x).cuda(), conv.cuda()(x.cuda()), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -106,15 +106,20 @@ def test_the_first_convolution_is_a_product(in_chans, kernel_size, stride):
         torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("device", "function"), [("cpu", "aten::convolution"), ("cuda", "aten::addmm")])
-def test_on_cuda_the_first_convolution_is_one(device, function):
-    """Tensors without numbers need no GPU."""
-    conv = PatchConv(3, 96, 9, 8)
+@pytest.mark.parametrize(
+    ("device", "in_chans", "products"),
+    [("cuda", 3, ["addmm", "convolution"]), ("cuda", 8, ["convolution"] * 2), ("cpu", 3, ["convolution"] * 2)],
+)
+def test_the_first_convolution_runs_as_a_product_only_on_cuda(device, in_chans, products):
+    """Tensors without numbers need no GPU. Rows of 243 numbers are filled up to 248."""
+    stem = PatchEmbed(16, 16, in_chans)
     with FakeTensorMode(), Results() as results:
-        weights = {name: torch.empty(p.shape, device=device) for name, p in conv.named_parameters()}
-        y = torch.func.functional_call(conv, weights, torch.empty(2, 3, 32, 48, device=device))
-    assert y.shape == (2, 96, 4, 6)
-    assert [name for name in results.operations if name in ("aten::convolution", "aten::addmm")] == [function]
+        weights = {name: torch.empty(p.shape, device=device) for name, p in stem.named_parameters()}
+        y = torch.func.functional_call(stem, weights, torch.empty(2, in_chans, 32, 48, device=device))
+    assert y.shape == (2, 2, 3, 16)
+    operations = [name.removeprefix("aten::") for name in results.operations]
+    assert [name for name in operations if name in ("addmm", "convolution")] == products
+    assert ((2, 4, 6, 248) in results.shapes) == ("addmm" in products)
 
 
 @pytest.mark.parametrize("patch_size", [2, 4, 6, 8, 16, 32])

@@ -125,23 +125,26 @@ class DropPath(nn.Module):
 class PatchConv(nn.Conv2d):
     """A square convolution with a padding of 1, for images: `[B, in_chans, H, W]` to `[B, out_chans, h, w]`.
 
-    On CUDA it is one product of matrices, of the patches below the kernel and the filters. cuDNN would fill the
-    channels up with zeros, from 3 to 8; docs/performance.md, "Models", has the times of both.
+    On CUDA, with fewer than 8 channels, it is one product of matrices: patches of the image times filters. cuDNN would
+    fill the channels up to 8 with zeros; docs/performance.md, "Models", has the times of both. There it does as
+    `torch.backends.cuda.matmul.allow_tf32` says, not `cudnn.allow_tf32`, and looks at no other attribute of a
+    convolution, such as `padding_mode`.
     """
 
     def __init__(self, in_chans: int, out_chans: int, kernel_size: int, stride: int):
         super().__init__(in_chans, out_chans, kernel_size, stride, padding=1)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.as_product(input) if input.is_cuda else super().forward(input)
+        return self.as_product(input) if input.is_cuda and self.in_channels < 8 else super().forward(input)
 
     def as_product(self, x: Tensor) -> Tensor:
         """The same function, on any device."""
-        n, stride = self.kernel_size[0], self.stride[0]
+        n, stride, filters = self.kernel_size[0], self.stride[0], self.weight.flatten(1)
         patches = F.pad(x, (1, 1, 1, 1)).unfold(2, n, stride).unfold(3, n, stride)  # [B, C, h, w, n, n]
-        patches, filters = patches.permute(0, 2, 3, 1, 4, 5).flatten(3), self.weight.flatten(1)  # [.., C n n]
+        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)  # [B, h, w, C n n]
         more = -filters.shape[1] % 8  # tensor cores want rows that begin at multiples of 16 bytes
-        return F.linear(F.pad(patches, (0, more)), F.pad(filters, (0, more)), self.bias).permute(0, 3, 1, 2)
+        patches, filters = F.pad(patches, (0, more)), F.pad(filters, (0, more))  # frees the narrower copy
+        return F.linear(patches, filters, self.bias).permute(0, 3, 1, 2)
 
 
 class PatchEmbed(nn.Module):
