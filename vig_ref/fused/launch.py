@@ -269,21 +269,26 @@ def _rounded(x: Tensor, options: dict) -> torch.dtype:
     return torch.bfloat16 if options["DOT"] == "bf16" else torch.promote_types(x.dtype, torch.float32)
 
 
+def _cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own costs the host 2 microseconds a call, since kernels may call it too."""
+    return (a + b - 1) // b
+
+
 def _segment(T: int) -> int:
     """Tokens per segment: whole chunks, and no more than the number of segments needs."""
     if T <= SEGMENT:
-        return triton.cdiv(T, CHUNK) * CHUNK
-    segments = min(triton.cdiv(T, SEGMENT), MAX_SEGMENTS)
-    return triton.cdiv(T, segments * LONG_CHUNK) * LONG_CHUNK
+        return _cdiv(T, CHUNK) * CHUNK
+    segments = min(_cdiv(T, SEGMENT), MAX_SEGMENTS)
+    return _cdiv(T, segments * LONG_CHUNK) * LONG_CHUNK
 
 
 def _segments(T: int) -> int:
-    """How many there are, none of them empty: cdiv(T, _segment(T)), as a formula that torch.export can solve for T."""
+    """How many there are, none of them empty: _cdiv(T, _segment(T)), as a formula that torch.export can solve for T."""
     if T <= SEGMENT:
         return 1
     if T <= SEGMENT * MAX_SEGMENTS:
-        return triton.cdiv(T, SEGMENT)
-    return triton.cdiv(T, _segment(T))
+        return _cdiv(T, SEGMENT)
+    return _cdiv(T, _segment(T))
 
 
 def _strided(x: Tensor | None) -> tuple | None:
@@ -296,7 +301,7 @@ def _sizes(q: Tensor, v: Tensor) -> tuple[int, ...]:
 
 def _grid(v: Tensor, BV: int) -> tuple[int, int, int]:
     """One program per (batch, head), block of V and segment."""
-    return v.shape[0] * v.shape[1], triton.cdiv(v.shape[3], BV), _segments(v.shape[2])
+    return v.shape[0] * v.shape[1], _cdiv(v.shape[3], BV), _segments(v.shape[2])
 
 
 def _options(
