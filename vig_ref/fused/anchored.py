@@ -9,15 +9,16 @@ chunk forgets; `vig_ref/fused/launch.py` says how much that may be, and a progra
 again by `vig_ref/fused/halving.py`. States are carried from middle to middle:
 
     S       the state at a chunk's middle, before the chunk's own tokens
-    o       = (q exp(b)) (S + (k exp(-b))^T v restricted to the pairs that the scan has met)
+    A       = (q exp(b)) (k exp(-b))^T, and 0 for every j not yet met at i
+    o       = (q exp(b)) S + A v
     S next  = exp(gates between the two middles) * (S + (k exp(-b))^T v)
 
-The gradients carry dS, of the same place after the chunk's own tokens, the other way. The exponent of a pair never
-cancels in dq, dk and dv; in dg it does, and there
+Backward, dS goes the other way: the gradient by S + (k exp(-b))^T v. The gate of t acts on all that passes it: with
+before and behind in the order of the scan, and <S, dS> summed over V alone,
 
-    dg_t = <S, dS> + sum of the reads behind t of S + sum of the writes before t into dS + pairs with t between them
+    dg_t = <S, dS> + reads of S at t and behind + writes into dS before t + pairs with j before t, i at t or behind
 
-is summed so that only pairs inside a chunk cancel, which see the same rounded operands from both sides.
+The last are all pairs with i at t or behind, less those with j there too: what cancels has the same rounded operands.
 """
 
 import triton
@@ -65,13 +66,12 @@ def _first_and_last_half(C: tl.constexpr, LEFT: tl.constexpr):
 
 @triton.jit
 def _advance(S, before, g, LEFT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
-    """A state from the last middle to this chunk's. LEFT: the scan goes to the left.
+    """A state from the previous chunk's middle to this one's. LEFT: the scan goes to the left.
 
-    before `[ROWS / 2, BK]`, equal rows, is what the last chunk left to be forgotten: the gates of the half that the
-    scan met last. Returns S, the gates that it has forgotten now, and what this chunk leaves.
+    before `[ROWS / 2, BK]`, equal rows: the sum of the gates behind the previous middle, not yet in S.
+    Returns S, the sum of all gates between the two middles, and the sum behind this one.
 
-    One product sums both halves. The tensor cores give rows r and r + 8 of a result to the same thread, so that taking
-    the two apart moves nothing.
+    One product sums both halves, in rows 0 to 7 and 8 to 15: see `ROWS`.
     """
     halves = sums(_first_and_last_half(g.shape[0], LEFT), g, DOT)
     first, last = tl.split(tl.permute(tl.reshape(halves, (2, ROWS // 2, BK)), (1, 2, 0)))
@@ -81,7 +81,7 @@ def _advance(S, before, g, LEFT: tl.constexpr, BV: tl.constexpr, BK: tl.constexp
 
 @triton.jit
 def least(a, b):
-    """The smaller one, or NaN: a gate of -inf gives either in a sum of gates."""
+    """The smaller one, or NaN if either is: a gate of -inf makes a sum of gates -inf, or NaN (0 * inf)."""
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -116,7 +116,7 @@ def forward_anchored(
         b_qE = b_q.to(ACC) * (exp2(b, DOT) * scale)
         b_kE = b_k.to(ACC) * exp2(negative(b), DOT)
         A = dot(b_qE, tl.trans(b_kE), tl.zeros((C, C), ACC), DOT)
-        # Rounded before the next product asks for them: what leaves its thread together waits at one barrier.
+        # Both rounded here: they go to other threads before the next products, and together wait at one barrier.
         b_ST = operand(tl.trans(S), ACC, DOT)
         A = operand(tl.where(_reads(C, REVERSE), A, 0.0), ACC, DOT)
         b_o = dot(b_qE, b_ST, other_share(share, n * C, T, V, C, BV, ACC), DOT)
@@ -133,7 +133,8 @@ def _gradients(
 ):  # fmt: skip
     """One direction of one chunk, backward. S: the state at its middle; dS: its gradient after the chunk's tokens.
 
-    S and dS are rounded as the products want them; S_dS `[BV, BK]` is the product of the unrounded one and the other.
+    One of them was kept, rounded; the other is carried, and rounded for this call: S_dS `[BV, BK]` is their product
+    before that.
 
     Returns dq, dk, dg, dv with what dS adds to it, the scores A, and q exp(b), which the next dS wants.
     """
@@ -155,8 +156,7 @@ def _gradients(
     writes = dot(v, dS, zero_k, DOT)
     dq = dqE * (E * scale)
     dk = (dkE + writes) * E_inverse
-    # The gate of t stands between the tokens behind it, itself included, and those before it, in the order of the scan.
-    # dqE has pairs and reads of the state, summed over the same tokens; writes to the state are summed over the others.
+    # The four terms of dg_t at the top of this file. dqE has reads of S and pairs: both are summed from t on.
     dg = dot(tl.full((C, S_dS.shape[0]), 1.0, ACC), S_dS, zero_k, DOT)  # <S, dS>, the same for all gates of the chunk
     dg += sums(ahead(REVERSE, True, C), qE.to(ACC) * dqE - kE.to(ACC) * dkE, DOT)
     dg += sums(ahead(not REVERSE, False, C), kE.to(ACC) * writes, DOT)
@@ -171,7 +171,7 @@ def backward_anchored(
     ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, STATES_STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gradients of the chunks `start .. end` of one sequence. Returns the smallest exponents met."""
-    none = tl.zeros((ROWS // 2, BK), ACC)
+    none = tl.zeros((ROWS // 2, BK), ACC)  # a sum of no gates
     S_rev = entering(p_S_enter, i_enter + SEGMENTS, BV, BK, ACC)
     dS_fwd = entering(p_dS_enter, i_enter, BV, BK, ACC)
     S_before = none
@@ -202,7 +202,7 @@ def backward_anchored(
     lowest = none  # in this sweep: the other one has met sums of the same gates
     token = tl.arange(0, C)[:, None]
     for i in tl.range(end - start, num_stages=STAGES):
-        n = start + i  # as wide as start; in the interpreter a loop's own variable has 32 bits
+        n = start + i  # as wide as start: i alone has 32 bits in the interpreter
         b_q = load(q, n * C, T, K, C, BK)
         b_k = load(k, n * C, T, K, C, BK)
         b_v = load(v, n * C, T, V, C, BV)
@@ -228,7 +228,7 @@ def backward_anchored(
             b_dq += part_dq
             b_dk += part_dk
             A += part_A
-            store(dg_rev, tl.where(n * C + token == T - 1, 0.0, b_dg), n * C, T, K, C, BK)  # it has nothing to forget
+            store(dg_rev, tl.where(n * C + token == T - 1, 0.0, b_dg), n * C, T, K, C, BK)  # 0: the scan's first
         if FWD:
             b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC)
             b_dS = kept(p_dS_fwd, n - start, dg_fwd, dq, dk, n * C, T, C, BV, BK)

@@ -2,8 +2,11 @@
 
 A tensor arrives as a tuple (pointer, stride_b, stride_h, stride_t, stride_d) and becomes a sequence, (pointer,
 stride_t, stride_d), once the batch and the head are known. A state is held transposed, `[BV, BK]`: the decay then
-scales columns, and the tensor cores' result is laid out as their next operand needs it. Prefixes: `p_` pointer, `i_`
-index.
+scales columns, and the tensor cores' result is laid out as their next operand needs it.
+
+Prefixes: `p_` pointer, `i_` index, `b_` block of one chunk (b alone is the cumulative log gate). qE is q * E, dqE the
+gradient by that product; a last T means transposed. ACC: dtype of sums. LEFT, REVERSE: the scan goes to the
+left.
 """
 
 import triton
@@ -11,7 +14,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 LOG2E = tl.constexpr(1.4426950408889634)
-#: Rows of the smallest matrix product.
+#: Rows of the smallest matrix product. One thread has rows r and r + 8 of a result: taking them apart moves nothing.
 ROWS = tl.constexpr(16)
 
 
@@ -47,13 +50,13 @@ def load(x, i_t, T, D, C: tl.constexpr, BD: tl.constexpr, TRANSPOSED: tl.constex
 
 @triton.jit
 def load_gate(g, i_t, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
-    """Log gates in base 2; 0 (keep all) behind the end."""
+    """Log gates in base 2, for exp2; 0 (keep all) behind the end. Gradients are by the natural ones: no ln 2 there."""
     return load(g, i_t, T, K, C, BK).to(ACC) * LOG2E
 
 
 @triton.jit
 def load_any_gate(g, i_t, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, LIMIT: tl.constexpr):
-    """The same for gates that may be -inf. Clamped, since 0 * inf is NaN in a matrix product."""
+    """The same for gates that may be -inf. Clamped, as 0 * inf is NaN in a matrix product; 2^-LIMIT rounds to 0."""
     return tl.maximum(load_gate(g, i_t, T, K, C, BK, ACC), -LIMIT, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -71,11 +74,11 @@ def scratch(p, i, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _in_gradients(g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
-    """Addresses `[BV, BK]` of a bfloat16 state where gradients of the tokens from i_t on will lie, and a mask.
+    """Addresses `[BV, BK]` of a bfloat16 state in the memory of gradients that are written later, and a mask.
 
-    That of the gate, g, is float32 and has room for two rows of a state for every token. More rows lie in x_0, two for
-    a token, or in x_0 and x_1, whose strides are equal, one for a token in each. Features are contiguous in all three.
-    What lies behind the last token is 0 in states from the right, and need not be kept.
+    g is dg (float32), with room for two rows of a state a token; x_0 is dv, with two, or x_0, x_1 are dq, dk, with one
+    each, and equal strides. So with C = 16, BV = 64: rows 0 to 31 in dg, 32 to 63 in dv, or 32 to 47 in dq, 48 to 63
+    in dk. Features are contiguous. Only the last chunk lacks tokens, where states from the right are 0.
     """
     row = tl.arange(0, BV)[:, None]
     col = tl.arange(0, BK)[None, :]
@@ -134,8 +137,7 @@ def other_share(share, i_t, T, V, C: tl.constexpr, BV: tl.constexpr, ACC: tl.con
 def store_share(o, b_o, i_t, T, V, C: tl.constexpr, BV: tl.constexpr):
     """The result, or what the reverse scan leaves to the forward one.
 
-    Stored as `[2, C / 2, BV]`. A thread has rows r and r + C / 2 of a product; were it to store both too, Triton would
-    exchange the results in two rounds rather than one.
+    Stored as `[2, C / 2, BV]`: so Triton exchanges results between threads in one round rather than two.
     """
     pointer, stride_t, stride_d = o
     row = i_t + tl.arange(0, 2)[:, None, None] * (C // 2) + tl.arange(0, C // 2)[None, :, None]
@@ -204,14 +206,14 @@ def negative(x):
 
 @triton.jit
 def scale_columns(S, factor, BV: tl.constexpr, BK: tl.constexpr):
-    """S * factor, factor `[R, BK]` being R equal rows, 8 or 16: as results of the tensor cores the two lie alike."""
+    """S * factor, column by column. factor has R equal rows, 8 or 16: then both lie alike in the threads."""
     R: tl.constexpr = factor.shape[0]
     return tl.reshape(tl.reshape(S, (BV // R, R, BK)) * factor[None, :, :], (BV, BK))
 
 
 @triton.jit
 def ahead(LEFT: tl.constexpr, OWN: tl.constexpr, C: tl.constexpr):
-    """`[C, C]`: 1 where token t lies between token i and the chunk's left (or right) edge; with i itself if OWN."""
+    """`[C, C]`: 1 where token t lies between i and the left (or right) edge; with i itself if OWN: for q, not for k."""
     i = tl.arange(0, C)[:, None]
     t = tl.arange(0, C)[None, :]
     if LEFT:

@@ -6,8 +6,8 @@ gates:
 
     E = exp(M g)          M[i, t] = 1 if the gate of token t lies between token i and the boundary
 
-and so its gradient is plain chain rule:  dg += M^T (E * dE).  Everything below is this line with three kinds of
-boundary: the edge where the scan enters the chunk, the edge where it leaves, and the middles found by halving.
+and so its gradient is plain chain rule:  dg += M^T (E * dE), where E * dE = qE * dqE for a factor qE = q E. All below
+is this with three kinds of boundary: the edges where the scan enters and leaves the chunk, and the middles by halving.
 """
 
 import triton
@@ -126,10 +126,10 @@ def forward_halving(
         b_g = load_any_gate(g, n * C, T, K, C, BK, ACC, LIMIT)
         b_o = other_share(share, n * C, T, V, C, BV, ACC)
         b_o += tl.sum(b_q * b_k, 1)[:, None] * b_v  # token i reads itself
-        b_qE = b_q * exp2(sums(ahead(not REVERSE, True, C), b_g, DOT), DOT)
+        b_qE = b_q * exp2(sums(ahead(not REVERSE, True, C), b_g, DOT), DOT)  # step 4 of chunks.py
         b_o = dot(b_qE, tl.trans(S), b_o, DOT)
-        b_o = dot(_scores(b_q, b_k, b_g, REVERSE, C, LEVELS, ACC, DOT), b_v, b_o, DOT)
-        S = carry(S, b_g, b_k, b_v, REVERSE, False, DOT)
+        b_o = dot(_scores(b_q, b_k, b_g, REVERSE, C, LEVELS, ACC, DOT), b_v, b_o, DOT)  # step 1
+        S = carry(S, b_g, b_k, b_v, REVERSE, False, DOT)  # steps 2 and 3
         store_share(o, b_o, n * C, T, V, C, BV)
 
 
@@ -140,7 +140,7 @@ def backward_halving(
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of the chunks `start .. end` of one sequence; the states are computed again rather than kept."""
+    """All gradients of the chunks `start .. end` of one sequence."""
     S_rev = entering(p_S_enter, i_enter + SEGMENTS, BV, BK, ACC)
     dS_fwd = entering(p_dS_enter, i_enter, BV, BK, ACC)
     for i in range(end - start):
@@ -161,7 +161,7 @@ def backward_halving(
     S_fwd = entering(p_S_enter, i_enter, BV, BK, ACC)
     dS_rev = entering(p_dS_enter, i_enter + SEGMENTS, BV, BK, ACC)
     for i in range(end - start):
-        n = start + i  # see anchored.py
+        n = start + i  # as wide as start: i alone has 32 bits in the interpreter
         b_q = load(q, n * C, T, K, C, BK).to(ACC) * scale
         b_k = load(k, n * C, T, K, C, BK).to(ACC)
         b_v = load(v, n * C, T, V, C, BV).to(ACC)

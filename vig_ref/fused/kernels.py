@@ -7,7 +7,7 @@ Forward, one direction after the other: two states and all that belongs to them 
 
 Backward, the gradients of a chunk need S from one side and dS from the other, so that states are written out:
 
-    right to left     carries S_rev and dS_fwd; writes both for every chunk
+    right to left     carries S_rev and dS_fwd; writes both for every chunk: where its gradients will be, if they fit
     left to right     carries S_fwd and dS_rev; reads those; writes all gradients
 
 The arithmetic of a chunk has two forms. `anchored.py` is fast, and exact for gates that do not forget too much within
@@ -17,10 +17,9 @@ if one is below BOUND, or NaN, it takes the second and writes all its results ag
 A program holds the states `[BV, BK]` in registers; a V above BV is cut into blocks, which are independent: o, dv and
 rows of the states belong to one block each, while dq, dk and dg are sums over the blocks, left to the caller to add.
 
-A sequence longer than SEGMENT tokens is cut, so that few long ones fill a GPU too. Two small kernels come first then:
+A sequence longer than `launch.SEGMENT` is cut, so that few long ones fill a GPU too. Two small kernels come first then:
 `segment_kernel` finds what each segment but the last adds to a state, `combine_kernel` the states that enter each
-segment. The main kernels take the segments in the opposite order, so that what was read last may still be in the L2
-cache.
+segment. The main kernels take the segments in reverse: what was read last may still be in the L2 cache.
 """
 
 import triton
@@ -44,7 +43,7 @@ def _wait(DEPENDENT: tl.constexpr):
 
 @triton.jit
 def _exact(lowest, BOUND: tl.constexpr):
-    """Whether the fast path was: no exponent is NaN or below BOUND."""
+    """Whether the fast path was exact: no exponent is NaN or below BOUND."""
     return tl.min((lowest >= BOUND).to(tl.int32)) == 1
 
 
@@ -58,7 +57,8 @@ def forward_kernel(
     """o = scale * (sum over the directions of q S).  FWD, REV: which directions there are.
 
     share: where the reverse scan leaves its share of o, which is o itself if it is the only scan.
-    INDEX: the integers of tokens, and so of all offsets inside a sequence.
+    p_S_enter: for each (batch, head) and block of V, SEGMENTS states that enter, of S_fwd, then as many of S_rev.
+    SEGMENT: tokens of a segment of this call. INDEX: the integers of tokens, and of all offsets inside a sequence.
     """
     _wait(DEPENDENT)
     SEGMENTS = tl.num_programs(2)
@@ -111,7 +111,7 @@ def backward_kernel(
     ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr,
     STAGES: tl.constexpr, STATES_STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of `forward_kernel` in one launch; the chunks' states are computed again rather than kept."""
+    """All gradients of `forward_kernel` in one launch; the forward pass saves no chunk's states."""
     _wait(DEPENDENT)
     SEGMENTS = tl.num_programs(2)
     i_bh, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -130,7 +130,7 @@ def backward_kernel(
     V -= i_v * BV
     start = i_s * (SEGMENT // C)
     end = tl.minimum(start + SEGMENT // C, tl.cdiv(T, C))
-    if p_S_rev is None:  # states are kept where the gradients go: there are no features to mask
+    if p_S_rev is None:  # states go to the gradients' memory, and tiles are full: masks need not look at features
         K = BK
         V = BV
     else:
@@ -158,8 +158,8 @@ def _add_up(
 ):  # fmt: skip
     """What the chunks `start .. end` alone add to a state that goes to the left (or right), and the log decay there.
 
-    The chunk that the state meets last comes first. What tokens forget between their chunk and the end is then known
-    when they are met, and the state is a plain sum, y^T (x * decay to the end), in which no gate can overflow.
+    y^T (x * decay to the far end): a plain sum, no exponent positive. The chunk at that end comes first, so that decay,
+    from the chunk at hand to the end, is known. x, y, OWN: see `segment_kernel`.
     """
     S = tl.zeros((BV, BK), ACC)
     decay = tl.zeros((ROWS, BK), ACC)
@@ -207,7 +207,7 @@ def segment_kernel(
             S, decay = _add_up(x, y, g_rev, start, end, T, K, V, not OWN, OWN, C, BK, BV, ACC, DOT, LIMIT, STAGES)
     tl.store(scratch(p_state, i_own, BV, BK), S * scale)
     row = tl.arange(0, ROWS)[:, None]
-    tl.store(p_total + i_own * BK + tl.arange(0, BK)[None, :] + 0 * row, decay, mask=row == 0)
+    tl.store(p_total + i_own * BK + tl.arange(0, BK)[None, :] + 0 * row, decay, mask=row == 0)  # rows are equal
 
 
 @triton.jit
@@ -230,7 +230,7 @@ def combine_kernel(
     i_block, i_direction, i_row = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     i_own = (i_block * 2 + i_direction) * SEGMENTS
     position = tl.arange(0, N)
-    # In the order of the scan: S_fwd and dS_rev go to the right. What enters a segment is what left the last.
+    # In the order of the scan: S_fwd and dS_rev go to the right. What enters a segment left its predecessor: `last`.
     to_right = i_direction == (1 if OWN else 0)
     segment = tl.where(to_right, position, SEGMENTS - 1 - position)
     last = (i_own + tl.where(to_right, segment - 1, segment + 1))[:, None]

@@ -1,5 +1,4 @@
-"""From PyTorch to the kernels: what is allocated, what is launched, and how autograd and torch.compile see it.
-"""
+"""From PyTorch to the kernels: what is allocated, what is launched, and how autograd and torch.compile see it."""
 
 import contextlib
 from typing import NamedTuple
@@ -150,7 +149,7 @@ def _enter(
     x: Tensor, y: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, scale: float, enter: Tensor, own: bool,
     options: dict,
 ) -> None:
-    """Fill `enter`. x, y, own: see `kernels.segment_kernel`."""
+    """Fill `enter` with what enters each segment, if there are several. x, y, own: see `kernels.segment_kernel`."""
     if not enter.numel():
         return
     blocks, _, segments, BV, _ = enter.shape
@@ -210,7 +209,7 @@ def _empty(x: Tensor) -> Tensor:
 
 
 def _parts(x: Tensor, blocks: int) -> Tensor:
-    """Memory for what each block of V contributes to the gradient of x, stacked along B."""
+    """Memory for what each block of V contributes to the gradient of x (q, k or a gate), stacked along B."""
     B, H, T, D = x.shape
     return x.new_empty(blocks * B, H, T, D, dtype=torch.promote_types(x.dtype, torch.float32))
 
@@ -218,8 +217,7 @@ def _parts(x: Tensor, blocks: int) -> Tensor:
 def _entering(q: Tensor, v: Tensor) -> Tensor:
     """Memory for what enters each segment, `[B * H * blocks of V, directions, segments, BV, BK]`, if there are several.
 
-    Kept for the backward pass: 4 BV BK bytes a direction for SEGMENT tokens, 64 bytes a token with the heads of ViG,
-    whose inputs are 512; finding it again means reading k, v and a gate once more for each direction, up to 640.
+    Kept for the backward pass: 64 bytes a token with the heads of ViG. To find them again it would read up to 640.
     """
     wide = torch.promote_types(v.dtype, torch.float32)
     if v.shape[2] <= SEGMENT:
@@ -239,9 +237,9 @@ def _or_none(x: Tensor) -> Tensor | None:
 
 
 def _states(q: Tensor, v: Tensor, grads: list[Tensor], options: dict) -> Tensor:
-    """Scratch memory for a state of every chunk, unless the gradients of the chunk's tokens are to lie where two fit.
+    """Scratch memory for a state of every chunk; none if both states fit in the memory of the chunk's gradients.
 
-    They do with the heads of ViG, bfloat16 and gates in float32: 512 bytes a token for its gradients, 512 for states.
+    They do with the heads of ViG, bfloat16 and gates in float32: see `blocks._in_gradients`.
     """
     BK, BV = options["BK"], options["BV"]
     full = (q.shape[3], v.shape[3]) == (BK, BV) and BV <= 4 * CHUNK
@@ -255,8 +253,8 @@ def _states(q: Tensor, v: Tensor, grads: list[Tensor], options: dict) -> Tensor:
 def _share(o: Tensor, options: dict) -> Tensor:
     """Memory for the reverse scan's share of o: o itself, if it is as precise as operands of products are.
 
-    Not if its rows are shorter than a cache line: with the heads of ViG-H (H-T s1 of `vig-ref bench ops`, forward) that
-    took 0.177 ms on an H200, and 0.165 with scratch memory, where one head comes after the other.
+    Not if its rows are shorter than a cache line, as ViG-H's are: with scratch memory, where one head comes after the
+    other, the forward pass of H-T s1 (`vig-ref bench ops`) took 7 % less on an H200.
     """
     alone = not (options["FWD"] and options["REV"])
     if alone or (o.dtype == _rounded(o, options) and o.shape[3] * o.element_size() >= LINE):
@@ -296,6 +294,7 @@ def _strided(x: Tensor | None) -> tuple | None:
 
 
 def _sizes(q: Tensor, v: Tensor) -> tuple[int, ...]:
+    """H, T, K, V and SEGMENT, as the kernels take them."""
     return q.shape[1], q.shape[2], q.shape[3], v.shape[3], _segment(q.shape[2])
 
 
@@ -343,7 +342,7 @@ def constants(
 ) -> dict:  # fmt: skip
     """The compile-time constants of a kernel for a tile of TILES, an arithmetic and the directions that there are.
 
-    far: whether offsets inside a sequence need 64 bits. In 32 they cost fewer instructions and registers.
+    far: see `_far`; offsets of 32 bits cost fewer instructions and registers.
     dependent: whether other kernels of ours come first, on a GPU that can launch this one before they have ended.
     """
     which = "backward" if backward else "forward"
