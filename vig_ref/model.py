@@ -126,9 +126,9 @@ class PatchConv(nn.Conv2d):
     """A square convolution with a padding of 1, for images: `[B, in_chans, H, W]` to `[B, out_chans, h, w]`.
 
     On CUDA, with fewer than 8 channels, it is one product of matrices: patches of the image times filters. cuDNN would
-    fill the channels up to 8 with zeros; docs/performance.md, "Models", has the times of both. There it does as
-    `torch.backends.cuda.matmul.allow_tf32` says, not `cudnn.allow_tf32`, and looks at no other attribute of a
-    convolution, such as `padding_mode`.
+    fill the channels up to 8 with zeros; docs/performance.md, "Models", has the times of both. The product follows
+    `torch.backends.cuda.matmul.allow_tf32` rather than `cudnn.allow_tf32`, and no attribute of a convolution that is
+    set later, such as `padding_mode`.
     """
 
     def __init__(self, in_chans: int, out_chans: int, kernel_size: int, stride: int):
