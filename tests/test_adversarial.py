@@ -21,6 +21,7 @@ import pytest
 import torch
 import triton
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import test_layers
 from cases import CHUNK, FUSED_ARITHMETIC, LAYERS, LAYOUTS, device_of, in_red_zone
@@ -513,7 +514,7 @@ def test_37_the_first_token_reaches_the_last(layer):
 @pytest.mark.gpu
 def test_38_interpreter_equals_compiler(tmp_path):
     """The same source, two machines: they may differ by as much as each may err."""
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+    if Version(triton.__version__) < Version("3.7"):
         pytest.skip("Triton before 3.7 cannot interpret loops beside numpy 2.4")
     code = """if True:
         import sys, torch

@@ -6,7 +6,6 @@ process where Triton compiles, and its shared memory is held against the smalles
 of ViG in bfloat16, loops must fetch all that they load ahead.
 """
 
-import importlib.metadata
 import json
 import os
 import re
@@ -16,11 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import triton
+from packaging.version import Version
 
 from vig_ref.fused.launch import MAX_K, TILES
 
 ROOT = Path(__file__).parent.parent
-TRITON = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
 #: Bytes of shared memory that one program may use on compute capability 8.6 and 8.9; 8.0 and 9.0 have more.
 SHARED_MEMORY = 99 * 1024
 #: dtype of q, k, v; arithmetic of the products. Gates are float32, or have the dtype of q.
@@ -71,7 +71,7 @@ def test_every_launch_compiles(tile, dtype, dot):
         if dot == "bf16" and tile[0] < MAX_K and launch.kernel != "combine_kernel" and not launch.strided:
             # A loop for each direction, or for each of the two sweeps of the backward pass.
             assert fetching == (2 if launch.kernel == "backward_kernel" else sum(launch.directions)), launch
-            if TRITON >= (3, 9):  # which fetches all but this; docs/performance.md, "What limits it now"
+            if Version(triton.__version__) >= Version("3.9"):  # all but this: docs/performance.md, "What limits it now"
                 waits = [name for name in waits if not name.startswith("%b_dS")]
             assert launch.sm < 90 or not waits, (launch, waits)  # see `backward_anchored`
         assert tensor_cores == (dot != "ieee" and launch.kernel != "combine_kernel"), launch
@@ -82,7 +82,6 @@ def test_the_heads_of_vig_have_tiles_of_their_own():
 
 
 def compile_all(tile, dtype, dot, wanted):
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -5,8 +5,8 @@ stride_t, stride_d), once the batch and the head are known. A state is held tran
 scales columns, and the tensor cores' result is laid out as their next operand needs it.
 
 Prefixes: `p_` pointer, `i_` index, `b_` block of one chunk (b alone is the cumulative log gate). qE is q * E, dqE the
-gradient by that product; a last T means transposed. ACC: dtype of sums. LEFT, REVERSE: the scan goes to the
-left.
+gradient by that product; a last T means transposed. ACC: dtype of sums. LEFT, REVERSE: whether the scan
+goes to the left.
 """
 
 import triton
