@@ -18,6 +18,7 @@ import pytest
 import triton
 from packaging.version import Version
 
+from vig_ref.fused import parts
 from vig_ref.fused.launch import MAX_K, TILES
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +80,56 @@ def test_every_launch_compiles(tile, dtype, dot):
 
 def test_the_heads_of_vig_have_tiles_of_their_own():
     assert list(TILES)[:2] == [(16, 32), (32, 64)]
+
+
+#: The kernels of `parts` and their constants. V is 64 in a plain ViG, 32 in a ViG-H, and 256 at most: twice MAX_K.
+PARTS = [
+    ("log_gates_kernel", dict(parts.GATES, BR=16, TAU=16.0)),
+    ("swiglu_kernel", parts.SWIGLU),
+    ("swiglu_backward_kernel", parts.SWIGLU),
+    *(("weigh_kernel", dict(parts.WEIGH, BV=BV, SILU=BV == 64)) for BV in (32, 64, 256)),
+    *(("weigh_backward_kernel", dict(parts.WEIGH, BV=BV, SILU=BV == 64)) for BV in (32, 64, 256)),
+]
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])  # the model takes them in no other
+def test_every_part_compiles(dtype, sm):
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    clean["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, __file__, json.dumps([dtype, sm])]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = json.loads(done.stdout)
+    assert len(compiled) == len(PARTS)
+    for (kernel, _), (shared, tensor_cores) in zip(PARTS, compiled, strict=True):
+        assert shared <= SHARED_MEMORY, kernel
+        assert tensor_cores == ("weigh" not in kernel), kernel
+
+
+def compile_parts(dtype, sm):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    compiled = []
+    for name, options in PARTS:
+        kernel, options = getattr(parts, name), dict(options, FAST=True)
+        if "weigh" not in name:
+            options["DOT"] = {"bf16": parts.tl.bfloat16, "fp16": parts.tl.float16}[dtype]
+        compiler = {key: options.pop(key) for key in ("num_warps", "num_stages") if key in options}
+        compiler["ptx_options"] = "-O1"
+        signature, attributes = {}, {}
+        for i, argument in enumerate(kernel.arg_names):
+            number = "i32" if argument in "MDRNV" else "fp32" if argument.startswith("eps") else None
+            wide = argument == "g" or (argument.startswith(("w_", "dw")) and "weigh" in name)
+            pointer = "*fp32" if wide else f"*{dtype}"
+            signature[argument] = "constexpr" if argument in options else number or pointer
+            if signature[argument] not in ("constexpr", "fp32") and argument != "M":
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(fn=kernel, signature=signature, constexprs=options, attrs=attributes)
+        done = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=compiler)
+        compiled.append((done.metadata.shared, "mma" in done.asm["ptx"]))
+    return compiled
 
 
 def compile_all(tile, dtype, dot, wanted):
@@ -151,4 +202,5 @@ def specialise(names, dtype, kind, options):
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all(*json.loads(sys.argv[1]))))
+    arguments = json.loads(sys.argv[1])
+    print(json.dumps((compile_parts if len(arguments) == 2 else compile_all)(*arguments)))

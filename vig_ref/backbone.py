@@ -141,7 +141,7 @@ class Backbone(nn.Module):
         resolve_backend(backend, "cpu")  # refuses an unknown name
         self._backend = backend
         for block in self.all_blocks():
-            block.mixer.backend = backend
+            block.mixer.backend = block.mlp.backend = backend
 
     def all_blocks(self) -> list[Any]:
         """The blocks from the image to the head, whatever stage they are in."""

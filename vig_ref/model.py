@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vig_ref.backbone import Backbone, new_head
-from vig_ref.ops import bidirectional_gla
+from vig_ref.ops import bidirectional_gla, product_dtype, resolve_backend
 
 FORGET_RANK = 16  # W_alpha1: [D, 16], W_alpha2: [16, 2 H K]   (Eq. 6)
 FORGET_TEMPERATURE = 16  # tau of Eq. 6: alpha = sigmoid(...) ** (1 / tau), a slow forgetting
@@ -106,6 +106,27 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def one_kernel(x: Tensor, backend: str, *modules: nn.Module) -> Any:
+    """`vig_ref.fused.parts`, where one of its kernels may stand in for these modules and what follows them; else None.
+
+    That is with backend "fused", on CUDA, where matrices are multiplied in 16 bits, and as long as the modules are what
+    `Mixer` and `SwiGLU` made of them: one that was replaced (by an adapter, say) or has a hook is called as ever.
+    """
+    if not x.is_cuda or resolve_backend(backend, x.device) != "fused":
+        return None
+    if product_dtype(x) not in (torch.bfloat16, torch.float16) or not all(as_made(module) for module in modules):
+        return None
+    from vig_ref.fused import parts
+
+    return parts
+
+
+def as_made(module: nn.Module) -> bool:
+    """Whether a layer does what its class says and nobody listens."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) in (nn.Linear, nn.Sequential, RMSNorm) and not any(hooks)
 
 
 class DropPath(nn.Module):
@@ -219,11 +240,10 @@ class Mixer(nn.Module):
         local = self.local(x)  # [B, T, D]
         # 2. Global branch: every token, in both directions.
         q, k, v, g_fwd, g_rev = self.project(local)  # [B, H, T, K or V]
-        o = bidirectional_gla(q, k, v, g_fwd, g_rev, backend=self.backend).transpose(1, 2)  # [B, T, H, V]
+        o = bidirectional_gla(q, k, v, g_fwd, g_rev, backend=self.backend).transpose(1, 2).flatten(2)  # [B, T, D]
         # 3. The gate decides, channel by channel, how much of each is taken.
-        gate = self.split_heads(torch.sigmoid(self.gate_proj(local)))  # [B, T, H, V]
-        y = (gate * self.norm_o(o) + (1 - gate) * self.norm_local(self.split_heads(local))).flatten(2)  # [B, T, D]
-        return self.out_proj(F.silu(y) if self.silu else y).unflatten(1, x.shape[1:3])
+        y = self.weigh(self.gate_proj(local), o, local)  # [B, T, D]
+        return self.out_proj(y).unflatten(1, x.shape[1:3])
 
     def local(self, x: Tensor) -> Tensor:
         """The local branch: `[B, h, w, D]` to `[B, T, D]`."""
@@ -239,8 +259,20 @@ class Mixer(nn.Module):
 
     def log_gates(self, local: Tensor) -> Tensor:
         """Log forget gates of both directions, `[B, T, 2 H K]`, in float32 at least: their sums over tokens need it."""
+        if parts := one_kernel(local, self.backend, self.forget_proj, *self.forget_proj.children()):
+            first, second = self.forget_proj
+            return parts.log_gates(local, first.weight, second.weight, second.bias, FORGET_TEMPERATURE)
         x = self.forget_proj(local)
         return F.logsigmoid(x.to(torch.promote_types(x.dtype, torch.float32))) / FORGET_TEMPERATURE
+
+    def weigh(self, z: Tensor, o: Tensor, local: Tensor) -> Tensor:
+        """gate * norm_o(o) + (1 - gate) * norm_local(local) with gate = sigmoid(z): `[B, T, D]`, as all three."""
+        far, near = self.norm_o, self.norm_local
+        if parts := one_kernel(z, self.backend, far, near):
+            return parts.weigh(z, o, local, far.weight, near.weight, far.eps, near.eps, self.silu)
+        gate, o, local = (self.split_heads(x) for x in (torch.sigmoid(z), o, local))
+        y = (gate * far(o) + (1 - gate) * near(local)).flatten(2)
+        return F.silu(y) if self.silu else y
 
     def split_heads(self, x: Tensor) -> Tensor:
         """`[B, T, H * n]` to `[B, T, H, n]`, without a copy."""
@@ -250,8 +282,9 @@ class Mixer(nn.Module):
 class SwiGLU(nn.Module):
     """W_down (SiLU(W_gate x) * W_up x), with 8/3 dim hidden channels, rounded up to a multiple of `multiple_of`."""
 
-    def __init__(self, dim: int, multiple_of: int = 256):
+    def __init__(self, dim: int, multiple_of: int = 256, *, backend: str = "auto"):
         super().__init__()
+        self.backend = backend
         hidden = -(-8 * dim // (3 * multiple_of)) * multiple_of
         self.gate_up_proj = nn.Linear(dim, 2 * hidden, bias=False)
         self.down_proj = nn.Linear(hidden, dim, bias=False)
@@ -259,6 +292,8 @@ class SwiGLU(nn.Module):
             nn.init.normal_(parameter, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
+        if parts := one_kernel(x, self.backend, self.gate_up_proj):
+            return self.down_proj(parts.swiglu(x, self.gate_up_proj.weight))
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 
@@ -282,7 +317,7 @@ class Block(nn.Module):
         self.norm1 = norm(dim)
         self.mixer = Mixer(dim, num_heads, silu=silu, backend=backend)
         self.norm2 = norm(dim)
-        self.mlp = SwiGLU(dim, multiple_of)
+        self.mlp = SwiGLU(dim, multiple_of, backend=backend)
         self.drop_path = DropPath(drop_path)
         self.grad_checkpointing = False
 

@@ -95,6 +95,12 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
     return backend
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which PyTorch multiplies matrices of x here: autocast's, where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def load_backend(backend: str, device: torch.device):
     """Import a layer when it is used, so that `import vig_ref` needs neither Triton nor a GPU.
 
