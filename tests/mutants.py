@@ -44,6 +44,7 @@ METHODS = {
     "tests/test_laws.py": "laws",
     "tests/test_fused.py": "memory and registration",
     "tests/test_adversarial.py": "adversarial cases",
+    "tests/test_parts.py": "parts of the model",
 }
 #: By layer, tests that a bug of it cannot turn red: they are about the other layers.
 UNTOUCHED = {
@@ -74,6 +75,8 @@ HALVING = "vig_ref/fused/halving.py"
 ANCHORED = "vig_ref/fused/anchored.py"
 KERNELS = "vig_ref/fused/kernels.py"
 LAUNCH = "vig_ref/fused/launch.py"
+PARTS = "vig_ref/fused/parts.py"
+MODEL = "vig_ref/model.py"
 
 MUTANTS = [
     # The chunked layer: the mean of two scans.
@@ -381,6 +384,47 @@ MUTANTS = [
     Mutant("kernels: states of all heads in one place", KERNELS, "i_state = (i_block * SEGMENTS + i_s)", "i_state = (i_v * SEGMENTS + i_s)"),
     Mutant("segments: the decay of the last stretch alone", KERNELS, "return decay_1 + decay_2, tl.exp2", "return decay_2, tl.exp2"),
     Mutant("launch: fake states of one segment", LAUNCH, "return _empty(v), _entering(q, v)", "return _empty(v), _entering(q, v[:, :, :SEGMENT])"),
+    # The parts of a block that are one kernel each, and when the model takes them.
+    Mutant("parts: rows behind the end are read", PARTS, "(i < rows) & (j < cols)", "(i <= rows) & (j < cols)"),
+    Mutant("parts: columns behind the end are read", PARTS, "(i < rows) & (j < cols)", "(i < rows) & (j <= cols)"),
+    Mutant("parts: gates in base 2", PARTS, "(LN2 / TAU)", "(1 / TAU)"),
+    Mutant("parts: gates without a temperature", PARTS, "(LN2 / TAU)", "LN2"),
+    Mutant("parts: gates overflow", PARTS, "(tl.minimum(z, 0) - log2(1 + tl.exp2(-tl.abs(z)), FAST))", "-log2(1 + tl.exp2(-z), FAST)"),
+    Mutant("parts: gates without a bias", PARTS, "z = (z + load(b, 0, col, 1, N, 1, BN, tl.float32)) * LOG2E", "z = z * LOG2E"),
+    Mutant("parts: the gradient of gates by sigmoid(z)", PARTS, "torch.sigmoid(-z)", "torch.sigmoid(z)"),
+    Mutant("parts: gates differentiated without a bias", PARTS, "F.linear(low, W_2, b).float()", "F.linear(low, W_2).float()"),
+    Mutant("parts: up is gate", PARTS, "load(W + N * D, col, d", "load(W, col, d"),
+    Mutant("parts: gate and up swapped", PARTS, "tl.exp2(gate * -LOG2E), FAST), row", "tl.exp2(up * -LOG2E), FAST), row"),
+    Mutant("parts: SiLU differentiated as a sigmoid times x", PARTS, "s * (1 + gate * (1 - s))", "s * (1 - gate * (1 - s))"),
+    Mutant("parts: gradients of gate and up swapped", PARTS, "tl.store(p + N, (b_dh * gate * s)", "tl.store(p + N, (b_dh * up * s)"),
+    Mutant("parts: the gradient of gate runs into that of up", PARTS, "    there = there & (col + tl.arange(0, BN) < N)[None, :]\n", ""),
+    Mutant("parts: hidden channels of the first block", PARTS, "col = tl.program_id(0) % tl.cdiv(N, BN) * BN\n    gate, up = gate_and_up(x, W, row, col, M, D, N, BM, BN, BD, DOT)\n    store", "col = 0\n    gate, up = gate_and_up(x, W, row, col, M, D, N, BM, BN, BD, DOT)\n    store"),
+    Mutant("parts: a norm divides by the block", PARTS, "keep_dims=True) / V + eps)", "keep_dims=True) / x.shape[1] + eps)"),
+    Mutant("parts: both norms with one eps", PARTS, "b_near, _ = normed(load(near, row, 0, M, V, BM, BV, tl.float32), V, eps_near)", "b_near, _ = normed(load(near, row, 0, M, V, BM, BV, tl.float32), V, eps_far)"),
+    Mutant("parts: the gate weighs the local branch", PARTS, "gate * b_far + (1 - gate) * b_near", "gate * b_near + (1 - gate) * b_far"),
+    Mutant("parts: no SiLU", PARTS, "        b_y *= sigmoid(b_y, FAST)\n", "        b_y *= 1\n"),
+    Mutant("parts: a norm's gradient without its mean", PARTS, "r * (dy - y * (tl.sum(dy * y, 1, keep_dims=True) / V))", "r * dy"),
+    Mutant("parts: SiLU not differentiated", PARTS, "        b_dy *= s * (1 + b_y * (1 - s))\n", "        b_dy *= s\n"),
+    Mutant("parts: the gradient of the gate forgets the local branch", PARTS, "difference = b_far * b_w_far - b_near * b_w_near", "difference = b_far * b_w_far + 0 * b_near"),
+    Mutant("parts: weights of a norm in its gradient twice", PARTS, "tl.sum(b_dfar * b_far, 0", "tl.sum(b_dfar * b_w_far * b_far, 0"),
+    Mutant("parts: gradients of weights swapped", PARTS, "dw_far, dw_near = dw.sum(0)", "dw_near, dw_far = dw.sum(0)"),
+    Mutant("parts: gates in the dtype of tokens", PARTS, "g = _empty(x, (*x.shape[:-1], len(W_2)), torch.float32)", "g = _empty(x, (*x.shape[:-1], len(W_2)), x.dtype)"),
+    Mutant("parts: strides ignored", PARTS, "x.contiguous(), W.contiguous(), h,", "x, W, h,"),
+    Mutant("model: hooks ignored", MODEL, "and not any(hooks) ", ""),
+    Mutant("model: substitutes ignored", MODEL, "type(module) is kind", "isinstance(module, kind)"),
+    Mutant("model: every dtype in one kernel", MODEL, "product_dtype(x) not in (torch.bfloat16, torch.float16) or forward", "forward"),
+    Mutant("model: every backend in one kernel", MODEL, 'or resolve_backend(backend, x.device) != "fused"', ""),
+    Mutant("model: another forward ignored", MODEL, ' and "forward" not in vars(module)', ""),
+    Mutant("model: a bias ignored", MODEL, " and tuple(own) == parameters", ""),
+    Mutant("model: sparse weights taken for dense ones", MODEL, "p.layout == torch.strided and ", ""),
+    Mutant("model: hooks of all modules ignored", MODEL, "_has_any_global_hook() or ", ""),
+    Mutant("model: tangents are zero", MODEL, " or forward_ad._current_level >= 0", ""),
+    Mutant("launch: tangents are zero", LAUNCH, "forward_ad._current_level >= 0 and any", "any"),
+    Mutant("parts: weights of another dtype converted", PARTS, "each.dtype != x.dtype and not autocast", "False"),
+    Mutant("parts: float64 computed in autocast's dtype", "vig_ref/ops.py", " and x.dtype != torch.float64\n", "\n"),
+    Mutant("parts: a temperature of 16", PARTS, "torch.sigmoid(-z) / tau", "torch.sigmoid(-z) / 16"),
+    Mutant("parts: gates above zero are kept, NaN is not", PARTS, "tl.minimum(z, 0) - log2", "tl.minimum(z, 0) - tl.maximum(log2"),
+    Mutant("model: one eps for both norms", MODEL, "far.eps, near.eps, self.silu", "far.eps, far.eps, self.silu"),
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vig_ref.model
-from vig_ref.model import PRESETS, DropPath, Mixer, PatchConv, PatchEmbed, RMSNorm, ViG, ViGConfig, create_model
+from vig_ref.model import PRESETS, DropPath, Mixer, PatchConv, PatchEmbed, RMSNorm, SwiGLU, ViG, ViGConfig, create_model
 
 #: The fused layer computes in float64 on the CPU where its kernels are interpreted, that is, without a GPU; with one,
 #: tests/test_gpu.py runs it.
@@ -161,6 +161,7 @@ def test_the_backend_of_a_living_model_can_be_changed(monkeypatch):
     model(images(1, 3, 16, 16))
     assert used == ["naive"] * 2 + ["chunked"] * 2
     assert model.backend == "chunked"
+    assert {m.backend for m in model.modules() if isinstance(m, (Mixer, SwiGLU))} == {"chunked"}
 
 
 def test_a_refused_backend_changes_nothing():
@@ -168,7 +169,7 @@ def test_a_refused_backend_changes_nothing():
     with pytest.raises(ValueError, match="unknown backend 'fast'; choose one of"):
         model.backend = "fast"
     assert model.backend == "naive"
-    assert all(m.backend == "naive" for m in model.modules() if isinstance(m, Mixer))
+    assert {m.backend for m in model.modules() if isinstance(m, (Mixer, SwiGLU))} == {"naive"}
     with pytest.raises(ValueError, match="unknown backend 'fast'; choose one of"):
         ViG(TINY, backend="fast")
 

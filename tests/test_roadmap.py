@@ -9,7 +9,7 @@ from torch import nn
 
 from test_model import TINY, images
 from vig_ref import naive
-from vig_ref.model import VIG_TINY, ViG
+from vig_ref.model import VIG_TINY, Mixer, ViG
 from vig_ref.roadmap import GLA_VIM, ROADMAP, ROWS, create_row
 
 
@@ -156,3 +156,10 @@ def test_unknown_row():
 def test_other_sizes():
     model = create_row("gla", config=dataclasses.replace(TINY, depth=1), in_chans=1, num_classes=2, img_size=8)
     assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 2)
+
+
+def test_both_layers_of_vim_have_its_backend():
+    model = create_row("gla_vim", backend="naive")
+    assert {m.backend for m in model.modules() if isinstance(m, Mixer)} == {"naive"}
+    model.backend = "chunked"
+    assert {m.backend for m in model.modules() if isinstance(m, Mixer)} == {"chunked"}

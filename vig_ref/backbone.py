@@ -133,7 +133,7 @@ class Backbone(nn.Module):
 
     @property
     def backend(self) -> str:
-        """The layer that computes the operator, one of `vig_ref.BACKENDS`; assign to change it."""
+        """The layer that computes the operator (with "fused", more), one of `vig_ref.BACKENDS`; assign to change it."""
         return self._backend
 
     @backend.setter
@@ -141,7 +141,9 @@ class Backbone(nn.Module):
         resolve_backend(backend, "cpu")  # refuses an unknown name
         self._backend = backend
         for block in self.all_blocks():
-            block.mixer.backend = block.mlp.backend = backend
+            for module in block.modules():
+                if hasattr(module, "backend"):  # a mixer, in a row of the roadmap two, and an MLP
+                    module.backend = backend
 
     def all_blocks(self) -> list[Any]:
         """The blocks from the image to the head, whatever stage they are in."""

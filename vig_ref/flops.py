@@ -8,7 +8,7 @@ The operator is counted by its definition, not by how a layer computes it. Per t
 and twice that in the backward pass (dk, dv; dq, dS), as for any matrix product. As usual, and as in the paper, matrix
 products and convolutions are counted; the elementwise work is not: the decay exp(g) * S, norms, activations.
 
-Importing this module registers the formulas, for the fused layer's kernels and for the meta device. There, every layer
+Importing this module registers the formula, for the fused layer's kernels and for the meta device. There, every layer
 is one operation (vig_ref/shapes.py), so that they all cost the same, and an image of 2048x2048 costs no time.
 """
 
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from vig_ref import shapes  # noqa: F401  (defines torch.ops.vig_ref.gla_shape)
 
 with contextlib.suppress(ImportError):  # no Triton, no kernels to count
-    from vig_ref.fused import parts  # noqa: F401  (defines torch.ops.vig_ref.gla_forward, .swiglu, .log_gates)
+    from vig_ref import fused  # noqa: F401  (defines torch.ops.vig_ref.gla_forward)
 
 
 def operator_flops(q_shape: torch.Size, v_shape: torch.Size, directions: int) -> int:
@@ -50,15 +50,6 @@ if hasattr(torch.ops.vig_ref, "gla_forward"):
     @register_flop_formula(torch.ops.vig_ref.gla_backward)
     def _(q, k, v, g_fwd, g_rev, *args, out_shape=None, **kwargs) -> int:
         return 2 * operator_flops(q, v, (g_fwd is not None) + (g_rev is not None))
-
-    # Only the products in them: those of the backward pass are PyTorch's, but for one that is done again.
-    @register_flop_formula(torch.ops.vig_ref.swiglu)
-    def _(x, W, *args, out_shape=None, **kwargs) -> int:
-        return 2 * math.prod(x) * W[0]
-
-    @register_flop_formula(torch.ops.vig_ref.log_gates)
-    def _(x, W_1, W_2, *args, out_shape=None, **kwargs) -> int:
-        return 2 * math.prod(x[:-1]) * (math.prod(W_1) + math.prod(W_2))
 
 
 def count_macs(model: nn.Module, img_size: int | tuple[int, int] = 224, *, in_chans: int = 3) -> dict[str, int]:

@@ -16,6 +16,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 from vig_ref.backbone import Backbone, new_head
@@ -108,25 +111,33 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
-def one_kernel(x: Tensor, backend: str, *modules: nn.Module) -> Any:
-    """`vig_ref.fused.parts`, where one of its kernels may stand in for these modules and what follows them; else None.
+def one_kernel(x: Tensor, backend: str, modules: list[nn.Module], made: list[tuple]) -> Any:
+    """`vig_ref.fused.parts`, where a kernel of its may stand in for these modules and what follows them; else None.
 
-    That is with backend "fused", on CUDA, where matrices are multiplied in 16 bits, and as long as the modules are what
-    `Mixer` and `SwiGLU` made of them: one that was replaced (by an adapter, say) or has a hook is called as ever.
+    That is with backend "fused", on CUDA, where matrices are multiplied in 16 bits, and if all modules are `as_made`.
+    Others are called as ever: one with a hook, or an adapter in its place. Forward-mode derivatives are PyTorch's, too.
     """
     if not x.is_cuda or resolve_backend(backend, x.device) != "fused":
         return None
-    if product_dtype(x) not in (torch.bfloat16, torch.float16) or not all(as_made(module) for module in modules):
+    if product_dtype(x) not in (torch.bfloat16, torch.float16) or forward_ad._current_level >= 0:
+        return None
+    if _has_any_global_hook() or len(modules) != len(made):
+        return None
+    if not all(as_made(module, *how) for module, how in zip(modules, made, strict=True)):
         return None
     from vig_ref.fused import parts
 
     return parts
 
 
-def as_made(module: nn.Module) -> bool:
-    """Whether a layer does what its class says and nobody listens."""
+def as_made(module: nn.Module, kind: type, *parameters: str) -> bool:
+    """Whether a module is of this very class with these parameters, plain tensors, and nobody listens or interferes."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) in (nn.Linear, nn.Sequential, RMSNorm) and not any(hooks)
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    return (
+        type(module) is kind and not any(hooks) and "forward" not in vars(module) and tuple(own) == parameters
+        and all(p.layout == torch.strided and not is_traceable_wrapper_subclass(p) for p in own.values())
+    )  # fmt: skip
 
 
 class DropPath(nn.Module):
@@ -259,8 +270,10 @@ class Mixer(nn.Module):
 
     def log_gates(self, local: Tensor) -> Tensor:
         """Log forget gates of both directions, `[B, T, 2 H K]`, in float32 at least: their sums over tokens need it."""
-        if parts := one_kernel(local, self.backend, self.forget_proj, *self.forget_proj.children()):
-            first, second = self.forget_proj
+        layers = [self.forget_proj, *self.forget_proj.children()]
+        made = [(nn.Sequential,), (nn.Linear, "weight"), (nn.Linear, "weight", "bias")]
+        if parts := one_kernel(local, self.backend, layers, made):
+            _, first, second = layers
             return parts.log_gates(local, first.weight, second.weight, second.bias, FORGET_TEMPERATURE)
         x = self.forget_proj(local)
         return F.logsigmoid(x.to(torch.promote_types(x.dtype, torch.float32))) / FORGET_TEMPERATURE
@@ -268,7 +281,8 @@ class Mixer(nn.Module):
     def weigh(self, z: Tensor, o: Tensor, local: Tensor) -> Tensor:
         """gate * norm_o(o) + (1 - gate) * norm_local(local) with gate = sigmoid(z): `[B, T, D]`, as all three."""
         far, near = self.norm_o, self.norm_local
-        if parts := one_kernel(z, self.backend, far, near):
+        alike = z.dtype == o.dtype == local.dtype and None not in (far.eps, near.eps)
+        if alike and (parts := one_kernel(z, self.backend, [far, near], [(RMSNorm, "weight")] * 2)):
             return parts.weigh(z, o, local, far.weight, near.weight, far.eps, near.eps, self.silu)
         gate, o, local = (self.split_heads(x) for x in (torch.sigmoid(z), o, local))
         y = (gate * far(o) + (1 - gate) * near(local)).flatten(2)
@@ -280,7 +294,10 @@ class Mixer(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """W_down (SiLU(W_gate x) * W_up x), with 8/3 dim hidden channels, rounded up to a multiple of `multiple_of`."""
+    """W_down (SiLU(W_gate x) * W_up x), with 8/3 dim hidden channels, rounded up to a multiple of `multiple_of`.
+
+    `backend`, read at each call: with "fused" the bracket may be `one_kernel`.
+    """
 
     def __init__(self, dim: int, multiple_of: int = 256, *, backend: str = "auto"):
         super().__init__()
@@ -292,7 +309,7 @@ class SwiGLU(nn.Module):
             nn.init.normal_(parameter, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        if parts := one_kernel(x, self.backend, self.gate_up_proj):
+        if parts := one_kernel(x, self.backend, [self.gate_up_proj], [(nn.Linear, "weight")]):
             return self.down_proj(parts.swiglu(x, self.gate_up_proj.weight))
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
@@ -355,8 +372,9 @@ class ViG(Backbone):
 
     Args:
         config: sizes; None means those of ViG-T.
-        backend: one of `vig_ref.BACKENDS`, the layer that computes the operator. It is no part of the state dict, and
-            `model.backend = "naive"` changes it on a living model.
+        backend: one of `vig_ref.BACKENDS`, the layer that computes the operator; with "fused" also more of a block,
+            where it may: see `one_kernel`. It is no part of the state dict, and `model.backend = "naive"` changes it on
+            a living model.
         num_classes: width of the head; 0 for none, and the model returns pooled features.
         img_size: pixels, `n` or `(height, width)`, that pos_embed is laid out for. Images of another size are welcome:
             pos_embed is then resized to their grid (bicubic).

@@ -96,9 +96,10 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which PyTorch multiplies matrices of x here: autocast's, where it is on."""
+    """The dtype in which PyTorch multiplies matrices of x here: autocast's, where it is on; it leaves float64 alone."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def load_backend(backend: str, device: torch.device):

@@ -76,7 +76,7 @@ class Vim(Causal):
 
     def __init__(self, dim: int, num_heads: int, *, backend: str = "auto"):
         super().__init__(dim, num_heads, backend=backend)
-        self.rev = Causal(dim, num_heads)
+        self.rev = Causal(dim, num_heads, backend=backend)
         del self.rev.gate_proj, self.rev.out_proj, self.rev.norm_o  # both layers share the way out
 
     def scan(self, tokens: Tensor) -> Tensor:

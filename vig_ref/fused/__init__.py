@@ -1,6 +1,7 @@
 """Layer 3, the same function in Triton: one kernel for both directions forward, one backward, two more for long T.
 
-Read `vig_ref/chunked/chunks.py`, the docstring of kernels.py, then blocks, halving, anchored, kernels, launch.
+Read `vig_ref/chunked/chunks.py`, the docstring of kernels.py, then blocks, halving, anchored, kernels, launch. What is
+in parts.py belongs to the model around the operator.
 """
 
 try:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import triton
 from torch import Tensor
+from torch.autograd import forward_ad
 from triton.runtime.interpreter import InterpretedFunction
 
 from vig_ref.fused import kernels
@@ -68,6 +69,7 @@ def bidirectional_gla(
 
     Raises:
         ValueError: a device, dtype, K or V that the kernel does not take, or an unknown precision.
+        NotImplementedError: a forward-mode derivative is asked for, or, in the backward pass, a second one.
     """
     return _checked(q, k, v, g_fwd, g_rev, scale / 2, precision)
 
@@ -94,6 +96,9 @@ def _checked(
         )
     if not INTERPRETED and q.dtype == torch.float64:
         raise ValueError(f"backend 'fused' takes float32, float16 and bfloat16, got float64; {instead}")
+    there = [x for x in (q, k, v, g_fwd, g_rev) if x is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in there):
+        raise NotImplementedError(f"backend 'fused' has no forward-mode derivative; {instead}")  # PyTorch would take 0
     if q.shape[3] > MAX_K:
         raise ValueError(f"backend 'fused' takes K up to {MAX_K}, got {q.shape[3]}; {instead}")
     return _forward(q, k, v, g_fwd, g_rev, scale, precision)[0]

@@ -70,9 +70,9 @@ def divided(x, y, FAST: tl.constexpr):
 
 @triton.jit
 def log2(x, FAST: tl.constexpr):
-    """To 2^-22 between 1 and 2."""
+    """For x from 1 to 2, to 2^-22, and not below 0: no gate is above."""
     if FAST:
-        return libdevice.fast_log2f(x)
+        return tl.maximum(libdevice.fast_log2f(x), 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         return tl.log2(x)
 
@@ -200,14 +200,12 @@ def weigh_backward_kernel(
 
 def log_gates(x: Tensor, W_1: Tensor, W_2: Tensor, b: Tensor, tau: float) -> Tensor:
     """logsigmoid(x W_1^T W_2^T + b) / tau in float32: `[..., D]` to `[..., N]`, with W_1 `[R, D]`, W_2 `[N, R]`."""
-    dtype = product_dtype(x)
-    return _log_gates(x.to(dtype), W_1.to(dtype), W_2.to(dtype), b.to(dtype), tau)
+    return _log_gates(*_operands(x, W_1=W_1, W_2=W_2, b=b), tau)
 
 
 def swiglu(x: Tensor, W: Tensor) -> Tensor:
     """SiLU(x W_gate^T) * x W_up^T: `[..., D]` to `[..., N]`, with W_gate above W_up in W `[2 N, D]`."""
-    dtype = product_dtype(x)
-    return _swiglu(x.to(dtype), W.to(dtype))
+    return _swiglu(*_operands(x, W=W))
 
 
 def weigh(
@@ -221,9 +219,18 @@ def weigh(
     return _weigh(z, far, near, w_far, w_near, eps_far, eps_near, silu)
 
 
+def _operands(x: Tensor, **weights: Tensor) -> list[Tensor]:
+    """In autocast's dtype where it is on, as `F.linear` has them; else of one dtype."""
+    dtype, autocast = product_dtype(x), torch.is_autocast_enabled(x.device.type)
+    for name, each in weights.items():
+        if each.dtype != x.dtype and not autocast:
+            raise ValueError(f"{name}: expected the dtype of x, {x.dtype}, got {each.dtype}; convert one of them")
+    return [each.to(dtype) for each in (x, *weights.values())]
+
+
 @torch.library.custom_op("vig_ref::log_gates", mutates_args=())
 def _log_gates(x: Tensor, W_1: Tensor, W_2: Tensor, b: Tensor, tau: float) -> Tensor:
-    g = _empty(x, len(W_2), torch.float32)
+    g = _empty(x, (*x.shape[:-1], len(W_2)), torch.float32)
     if g.numel():
         (N, R), D = W_2.shape, x.shape[-1]
         M = g.numel() // N
@@ -237,7 +244,7 @@ def _log_gates(x: Tensor, W_1: Tensor, W_2: Tensor, b: Tensor, tau: float) -> Te
 
 @torch.library.custom_op("vig_ref::swiglu", mutates_args=())
 def _swiglu(x: Tensor, W: Tensor) -> Tensor:
-    h = _empty(x, len(W) // 2, x.dtype)
+    h = _empty(x, (*x.shape[:-1], len(W) // 2), x.dtype)
     if h.numel():
         D, N = x.shape[-1], h.shape[-1]
         M = h.numel() // N
@@ -250,7 +257,7 @@ def _swiglu(x: Tensor, W: Tensor) -> Tensor:
 
 @torch.library.custom_op("vig_ref::swiglu_backward", mutates_args=())
 def _swiglu_backward(x: Tensor, W: Tensor, dh: Tensor) -> Tensor:
-    dz = _empty(x, len(W), x.dtype)
+    dz = _empty(x, (*x.shape[:-1], len(W)), x.dtype)
     if dz.numel():
         D, N = x.shape[-1], dh.shape[-1]
         M = dh.numel() // N
@@ -265,7 +272,7 @@ def _swiglu_backward(x: Tensor, W: Tensor, dh: Tensor) -> Tensor:
 def _weigh(
     z: Tensor, far: Tensor, near: Tensor, w_far: Tensor, w_near: Tensor, eps_far: float, eps_near: float, silu: bool
 ) -> Tensor:
-    y = _empty(z, z.shape[-1], z.dtype)
+    y = _empty(z, z.shape, z.dtype)
     if y.numel():
         V = len(w_far)
         M = y.numel() // V
@@ -294,16 +301,16 @@ def _weigh_backward(
     return dz, dfar, dnear, dw
 
 
-def _empty(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Memory for a result with the rows of x."""
-    return x.new_empty(*x.shape[:-1], width, dtype=dtype)
+def _empty(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for a result of x."""
+    return x.new_empty(shape, dtype=dtype)
 
 
 def _weigh_gradients(z: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Memory for dz, dfar, dnear, and what each program adds to the gradients by the weights w."""
-    dz, dfar, dnear = (_empty(z, z.shape[-1], z.dtype) for _ in range(3))
+    dz, dfar, dnear = (_empty(z, z.shape, z.dtype) for _ in range(3))
     programs = _cdiv(z.numel() // len(w), WEIGH["BM"])
-    return dz, dfar, dnear, _empty(w.expand(programs, 2, -1), len(w), torch.float32)
+    return dz, dfar, dnear, _empty(z, (programs, 2, len(w)), torch.float32)
 
 
 def _arithmetic(x: Tensor) -> dict:
@@ -314,22 +321,22 @@ def _arithmetic(x: Tensor) -> dict:
 
 @_log_gates.register_fake
 def _(x, W_1, W_2, b, tau):
-    return _empty(x, len(W_2), torch.float32)
+    return _empty(x, (*x.shape[:-1], len(W_2)), torch.float32)
 
 
 @_swiglu.register_fake
 def _(x, W):
-    return _empty(x, len(W) // 2, x.dtype)
+    return _empty(x, (*x.shape[:-1], len(W) // 2), x.dtype)
 
 
 @_swiglu_backward.register_fake
 def _(x, W, dh):
-    return _empty(x, len(W), x.dtype)
+    return _empty(x, (*x.shape[:-1], len(W)), x.dtype)
 
 
 @_weigh.register_fake
 def _(z, *_):
-    return _empty(z, z.shape[-1], z.dtype)
+    return _empty(z, z.shape, z.dtype)
 
 
 @_weigh_backward.register_fake
@@ -353,13 +360,21 @@ def _differentiate_log_gates(ctx, dg):
     z = F.linear(low, W_2, b).float()
     dz = (dg * torch.sigmoid(-z) / tau).to(x.dtype)
     dlow = dz @ W_2
-    return dlow @ W_1, _rows(dlow).T @ _rows(x), _rows(dz).T @ _rows(low), _rows(dz).sum(0), None
+    for_x, for_W_1, for_W_2, for_b, _ = ctx.needs_input_grad
+    return (
+        dlow @ W_1 if for_x else None,
+        _rows(dlow).T @ _rows(x) if for_W_1 else None,
+        _rows(dz).T @ _rows(low) if for_W_2 else None,
+        _rows(dz).sum(0) if for_b else None,
+        None,
+    )
 
 
 def _differentiate_swiglu(ctx, dh):
     x, W = ctx.saved_tensors
     dz = _swiglu_backward(x, W, dh)
-    return dz @ W, _rows(dz).T @ _rows(x)
+    for_x, for_W = ctx.needs_input_grad
+    return dz @ W if for_x else None, _rows(dz).T @ _rows(x) if for_W else None
 
 
 def _differentiate_weigh(ctx, dy):
