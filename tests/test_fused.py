@@ -104,7 +104,7 @@ def test_nothing_depends_on_the_result():
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's own
 def test_forward_mode_is_refused():
     """PyTorch knows no tangent of a custom operator, and would go on with zeros."""
-    q, *others = draw(1, 1, 4, 3, 5, regime="vig")[:5]
+    q, *others = inputs()[:5]
     with pytest.raises(NotImplementedError, match="no forward-mode derivative; choose backend='chunked' or 'naive'"):
         torch.func.jvp(lambda q: bidirectional_gla(q, *others, backend="fused"), (q,), (q,))
     with torch.autograd.forward_ad.dual_level():

@@ -323,7 +323,7 @@ def test_a_block_with_them_is_the_block_without(silu, autocast, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_under_autocast_they_are_closer_to_float32(dtype, monkeypatch):
-    """They round less often than PyTorch's operations do, and parameters keep their gradients in float32."""
+    """They round less often than PyTorch's operations do; gradients are off by a few roundings."""
     x = torch.randn(4, 14, 14, 32, device="cuda")
 
     def results(model, autocast):
@@ -344,7 +344,7 @@ def test_under_autocast_they_are_closer_to_float32(dtype, monkeypatch):
         errors.append([((a - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)])
     assert used == {"log_gates", "swiglu", "weigh"}
     assert errors[0][0] < errors[1][0]
-    assert sum(errors[0]) < sum(errors[1])
+    assert max(errors[0]) <= 8 * UNIT[dtype]
 
 
 @pytest.mark.gpu
