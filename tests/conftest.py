@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, Phase, settings
 from torch._subclasses.fake_tensor import FakeTensor
 
 import interpreter
-from vig_ref.fused import launch, parts
+from vig_ref import parts
+from vig_ref.fused import launch
 
 torch.set_num_threads(1)
 interpreter.hurry()

@@ -18,7 +18,7 @@ import pytest
 import triton
 from packaging.version import Version
 
-from vig_ref.fused import parts
+from vig_ref import parts
 from vig_ref.fused.launch import MAX_K, TILES
 
 ROOT = Path(__file__).parent.parent

@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vig_ref.model
 from cases import FUSED_DEVICE, in_red_zone, interpreted
 from test_model import Results
-from vig_ref import BACKENDS
-from vig_ref.fused import parts
+from vig_ref import BACKENDS, parts
 from vig_ref.fused.launch import INTERPRETED
 from vig_ref.model import Mixer, SwiGLU, one_kernel
 from vig_ref.ops import product_dtype

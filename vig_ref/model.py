@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 from vig_ref.backbone import Backbone, new_head
-from vig_ref.ops import bidirectional_gla, product_dtype, resolve_backend
+from vig_ref.ops import bidirectional_gla, load_backend, product_dtype, resolve_backend
 
 FORGET_RANK = 16  # W_alpha1: [D, 16], W_alpha2: [16, 2 H K]   (Eq. 6)
 FORGET_TEMPERATURE = 16  # tau of Eq. 6: alpha = sigmoid(...) ** (1 / tau), a slow forgetting
@@ -112,7 +112,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def one_kernel(x: Tensor, backend: str, modules: list[nn.Module], made: list[tuple]) -> Any:
-    """`vig_ref.fused.parts`, where a kernel of its may stand in for these modules and what follows them; else None.
+    """`vig_ref.parts`, where a kernel of its may stand in for these modules and what follows them; else None.
 
     That is with backend "fused", on CUDA, where matrices are multiplied in 16 bits, and if all modules are `as_made`.
     Others are called as ever: one with a hook, or an adapter in its place. Forward-mode derivatives are PyTorch's, too.
@@ -125,7 +125,8 @@ def one_kernel(x: Tensor, backend: str, modules: list[nn.Module], made: list[tup
         return None
     if not all(as_made(module, *how) for module, how in zip(modules, made, strict=True)):
         return None
-    from vig_ref.fused import parts
+    load_backend(backend, x.device)  # where Triton is missing, this says so
+    from vig_ref import parts
 
     return parts
 

@@ -1,7 +1,6 @@
 """Layer 3, the same function in Triton: one kernel for both directions forward, one backward, two more for long T.
 
-Read `vig_ref/chunked/chunks.py`, the docstring of kernels.py, then blocks, halving, anchored, kernels, launch. What is
-in parts.py belongs to the model around the operator.
+Read `vig_ref/chunked/chunks.py`, the docstring of kernels.py, then blocks, halving, anchored, kernels, launch.
 """
 
 try:
