@@ -419,7 +419,7 @@ MUTANTS = [
     Mutant("model: sparse weights taken for dense ones", MODEL, "p.layout == torch.strided and ", ""),
     Mutant("model: hooks of all modules ignored", MODEL, "_has_any_global_hook() or ", ""),
     Mutant("model: tangents are zero", MODEL, " or forward_ad._current_level >= 0", ""),
-    Mutant("launch: tangents are zero", LAUNCH, "forward_ad._current_level >= 0 and any", "any"),
+    Mutant("launch: tangents are zero", LAUNCH, "forward_ad._current_level >= 0 and any", "False and any"),
     Mutant("parts: weights of another dtype converted", PARTS, "each.dtype != x.dtype and not autocast", "False"),
     Mutant("parts: float64 computed in autocast's dtype", "vig_ref/ops.py", " and x.dtype != torch.float64\n", "\n"),
     Mutant("parts: a temperature of 16", PARTS, "torch.sigmoid(-z) / tau", "torch.sigmoid(-z) / 16"),
