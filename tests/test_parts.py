@@ -186,9 +186,40 @@ def test_weights_that_are_frozen_cost_nothing():
 
 
 def test_other_dtypes_of_weights_are_refused():
-    x, W = torch.zeros(1, 16, dtype=torch.bfloat16), torch.zeros(32, 16)
+    x = torch.zeros(1, 16, dtype=torch.bfloat16, device=FUSED_DEVICE)
+    W = torch.zeros(32, 16, device=FUSED_DEVICE)
     with pytest.raises(ValueError, match=r"W: expected the dtype of x, torch\.bfloat16, got torch\.float32"):
         parts.swiglu(x, W)
+    with pytest.raises(ValueError, match=r"expected float32, float16 or bfloat16, got torch\.float64; write it with"):
+        parts.swiglu(x.double(), W.double())
+    with pytest.raises(ValueError, match=r"expected float32, float16 or bfloat16, got torch\.int64; write it with"):
+        parts.weigh(x.long(), x, x, W[0], W[0], 1e-6, 1e-6, True)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    """The kernels would read behind the end."""
+    x, b = torch.zeros(2, 12, device=FUSED_DEVICE), torch.zeros(20, device=FUSED_DEVICE)
+    W, W_1, W_2, w = (torch.zeros(*s, device=FUSED_DEVICE) for s in ((16, 12), (4, 12), (20, 4), (6,)))
+    gates, weighed = (x, W_1, W_2, b, 16.0), (x, x, x, w, w, 1e-6, 1e-6, True)
+    parts.log_gates(*gates), parts.weigh(*weighed), parts.swiglu(x, W)
+    for function, inputs, wrong in (
+        (parts.log_gates, gates, {1: "W_1", 2: "W_2", 3: "b"}),
+        (parts.weigh, weighed, {1: "far", 2: "near", 4: "w_near"}),
+        (parts.swiglu, (x, W), {1: "W"}),
+    ):
+        for n, name in wrong.items():
+            with pytest.raises(ValueError, match=f"^{name}: expected shape"):
+                function(*inputs[:n], inputs[n][..., 1:], *inputs[n + 1 :])
+    with pytest.raises(ValueError, match="W: expected shape"):
+        parts.swiglu(x, W[1:])
+    with pytest.raises(ValueError, match="z: expected heads of 5 channels, as w_far has, got 12 channels"):
+        parts.weigh(x, x, x, w[1:], w[1:], 1e-6, 1e-6, True)
+
+
+def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr(parts, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="expected CUDA tensors, got cpu; write it with PyTorch, or move them"):
+        parts.swiglu(torch.zeros(1, 16), torch.zeros(32, 16))
 
 
 def test_the_dtype_of_products_is_autocasts():

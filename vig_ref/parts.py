@@ -199,12 +199,25 @@ def weigh_backward_kernel(
 
 
 def log_gates(x: Tensor, W_1: Tensor, W_2: Tensor, b: Tensor, tau: float) -> Tensor:
-    """logsigmoid(x W_1^T W_2^T + b) / tau in float32: `[..., D]` to `[..., N]`, with W_1 `[R, D]`, W_2 `[N, R]`."""
+    """logsigmoid(x W_1^T W_2^T + b) / tau in float32: `[..., D]` to `[..., N]`, with W_1 `[R, D]`, W_2 `[N, R]`.
+
+    Raises:
+        ValueError: a device or dtype that the kernels do not take, shapes that do not fit together, or, without
+            autocast, several dtypes.
+
+    Source: ViG, Eq. 6.
+    """
+    (R, N), D = (len(W_1), len(W_2)), x.shape[-1]
+    _check(x, W_1=(W_1, (R, D)), W_2=(W_2, (N, R)), b=(b, (N,)))
     return _log_gates(*_operands(x, W_1=W_1, W_2=W_2, b=b), tau)
 
 
 def swiglu(x: Tensor, W: Tensor) -> Tensor:
-    """SiLU(x W_gate^T) * x W_up^T: `[..., D]` to `[..., N]`, with W_gate above W_up in W `[2 N, D]`."""
+    """SiLU(x W_gate^T) * x W_up^T: `[..., D]` to `[..., N]`, with W_gate above W_up in W `[2 N, D]`.
+
+    Raises: see `log_gates`.
+    """
+    _check(x, W=(W, (len(W) // 2 * 2, x.shape[-1])))
     return _swiglu(*_operands(x, W=W))
 
 
@@ -215,8 +228,27 @@ def weigh(
 
     z, far, near and the result: `[..., H V]`, of one dtype, with norms over V channels; w_far, w_near: their weights
     `[V]`. (Heads of their own dimension would make four, which torch.compile may lay out anew near a convolution.)
+
+    Raises: see `log_gates`.
+
+    Source: ViG, Eq. 7; the norms are the released code's.
     """
+    shape, weight = tuple(z.shape), (len(w_far),)
+    _check(z, far=(far, shape), near=(near, shape), w_far=(w_far, weight), w_near=(w_near, weight))
+    if z.shape[-1] % len(w_far):
+        raise ValueError(f"z: expected heads of {len(w_far)} channels, as w_far has, got {z.shape[-1]} channels")
     return _weigh(z, far, near, w_far, w_near, eps_far, eps_near, silu)
+
+
+def _check(x: Tensor, **others: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Of x the dtype and the device, of the others the shape."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"expected float32, float16 or bfloat16, got {x.dtype}; write it with PyTorch, or convert it")
+    if not INTERPRETED and not x.is_cuda:
+        raise ValueError(f"expected CUDA tensors, got {x.device.type}; write it with PyTorch, or move them")
+    for name, (each, shape) in others.items():
+        if tuple(each.shape) != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(each.shape)}")
 
 
 def _operands(x: Tensor, **weights: Tensor) -> list[Tensor]:
