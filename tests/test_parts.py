@@ -1,6 +1,6 @@
 """The parts of a block that are one kernel each: against what PyTorch computes, and when the model takes them.
 
-Without a GPU they are interpreted, in float32; with one they are compiled, in every dtype that the model uses them in.
+Without a GPU they are interpreted, with products in float32 whatever the dtype; with one they are compiled.
 """
 
 import contextlib
@@ -23,7 +23,6 @@ from vig_ref.ops import product_dtype
 
 #: Half the distance from 1 to the next number; the interpreter cuts bits off where a GPU rounds to bfloat16.
 UNIT = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}
-#: Half precision is for GPUs; the interpreter multiplies it in float32.
 DTYPES = list(UNIT)
 
 
@@ -216,6 +215,23 @@ def test_shapes_that_do_not_fit_are_refused():
         parts.weigh(x, x, x, w[1:], w[1:], 1e-6, 1e-6, True)
 
 
+def test_weigh_refuses_what_it_would_round_or_divide_by_zero():
+    x, w = torch.zeros(1, 16, device=FUSED_DEVICE), torch.zeros(16, device=FUSED_DEVICE)
+    with pytest.raises(ValueError, match="expected one dtype of z, far and near"):
+        parts.weigh(x.bfloat16(), x, x, w, w, 1e-6, 1e-6, True)
+    with pytest.raises(ValueError, match="eps_far, eps_near: expected positive numbers, got 1e-06, 0"):
+        parts.weigh(x, x, x, w, w, 1e-6, 0.0, True)
+    with pytest.raises(ValueError, match=r"w_far: expected the first tensor's device, .*, got meta"):
+        parts.weigh(x, x, x, w.to("meta"), w, 1e-6, 1e-6, True)
+
+
+def test_one_token_alone():
+    """`[D]` without a dimension before it."""
+    agree(parts.swiglu, swiglu, tensors(0, torch.float32, (12,), (16, 12)))
+    agree(parts.log_gates, log_gates, tensors(0, torch.float32, (12,), (4, 12), (20, 4), (20,)), 16.0)
+    agree(parts.weigh, weigh, tensors(0, torch.float32, (12,), (12,), (12,), (6,), (6,)), 0.1, 0.2, True)
+
+
 def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
     monkeypatch.setattr(parts, "INTERPRETED", False)
     with pytest.raises(ValueError, match="expected CUDA tensors, got cpu; write it with PyTorch, or move them"):
@@ -315,6 +331,13 @@ def test_a_layer_that_is_not_as_made_is_called(name, change, monkeypatch):
         with contextlib.suppress(Exception):
             function(x)
     assert [parts is None for _, parts in chosen] == [k == LAYERS[name] for k in ("log_gates", "weigh", "swiglu")]
+
+
+def test_norms_may_be_left_out():
+    """As chapter 5 does."""
+    model = Half("chunked")
+    model.mixer.norm_o = model.mixer.norm_local = torch.nn.Identity()
+    assert model(torch.zeros(1, 2, 2, 32)).shape == (1, 2, 2, 32)
 
 
 def test_hooks_of_all_modules_and_tangents_are_for_pytorch():

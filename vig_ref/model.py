@@ -115,7 +115,8 @@ def one_kernel(x: Tensor, backend: str, modules: list[nn.Module], made: list[tup
     """`vig_ref.parts`, where a kernel of its may stand in for these modules and what follows them; else None.
 
     That is with backend "fused", on CUDA, where matrices are multiplied in 16 bits, and if all modules are `as_made`.
-    Others are called as ever: one with a hook, or an adapter in its place. Forward-mode derivatives are PyTorch's, too.
+    Others are called as ever: one with a hook, or an adapter in its place. Forward-mode derivatives are PyTorch's, too:
+    it would take that of a custom operator for 0. made: of each module its class and the names of its parameters.
     """
     if not x.is_cuda or resolve_backend(backend, x.device) != "fused":
         return None
@@ -282,8 +283,8 @@ class Mixer(nn.Module):
     def weigh(self, z: Tensor, o: Tensor, local: Tensor) -> Tensor:
         """gate * norm_o(o) + (1 - gate) * norm_local(local) with gate = sigmoid(z): `[B, T, D]`, as all three."""
         far, near = self.norm_o, self.norm_local
-        alike = z.dtype == o.dtype == local.dtype and None not in (far.eps, near.eps)
-        if alike and (parts := one_kernel(z, self.backend, [far, near], [(RMSNorm, "weight")] * 2)):
+        parts = one_kernel(z, self.backend, [far, near], [(RMSNorm, "weight")] * 2)
+        if parts and z.dtype == o.dtype == local.dtype and far.eps and near.eps:
             return parts.weigh(z, o, local, far.weight, near.weight, far.eps, near.eps, self.silu)
         gate, o, local = (self.split_heads(x) for x in (torch.sigmoid(z), o, local))
         y = (gate * far(o) + (1 - gate) * near(local)).flatten(2)
@@ -297,7 +298,7 @@ class Mixer(nn.Module):
 class SwiGLU(nn.Module):
     """W_down (SiLU(W_gate x) * W_up x), with 8/3 dim hidden channels, rounded up to a multiple of `multiple_of`.
 
-    `backend`, read at each call: with "fused" the bracket may be `one_kernel`.
+    `backend` is read at each call: with "fused", what is in brackets may be one kernel, see `one_kernel`.
     """
 
     def __init__(self, dim: int, multiple_of: int = 256, *, backend: str = "auto"):

@@ -10,8 +10,9 @@ the backward pass, which computes the products again. The operator itself needs 
 model takes it where it may, see `vig_ref.model.one_kernel`.
 
 Matrices are contiguous, row by row; row, col: where a block begins. W_1, W_2, W_gate, W_up lie as `nn.Linear` has them,
-`[out, in]`. gate and s: sigmoids. DOT: the dtype of the operands of products; FAST: whether CUDA's fast division and
-logarithm are at hand, as they are on a GPU.
+`[out, in]`; that they are transposed is left out above. gate: in `weigh` a sigmoid, in `swiglu` x W_gate before its
+SiLU; s: a sigmoid. far, near: the global branch o, the local one. DOT: the dtype of the operands of products; FAST:
+whether CUDA's fast division and logarithm are at hand, as they are on a GPU.
 """
 
 import torch
@@ -56,12 +57,13 @@ def store(p, x, row, col, rows, cols):
 
 @triton.jit
 def sigmoid(x, FAST: tl.constexpr):
-    """To a few ulp; fast, 0 below -87, where it is smaller than 2^-126."""
+    """To a few ulp; 0 for x below -87, where it would be less than 2^-126."""
     return divided(1.0, 1 + tl.exp2(x * -LOG2E), FAST)
 
 
 @triton.jit
 def divided(x, y, FAST: tl.constexpr):
+    """x / y; fast, to 2 ulp, and 0 for y from 2^126 on."""
     if FAST:
         return libdevice.fast_dividef(x, y)
     else:
@@ -70,7 +72,7 @@ def divided(x, y, FAST: tl.constexpr):
 
 @triton.jit
 def log2(x, FAST: tl.constexpr):
-    """For x from 1 to 2, to 2^-22, and not below 0: no gate is above."""
+    """For x from 1 to 2; fast, to 2^-22, and not below 0, since no gate is above."""
     if FAST:
         return tl.maximum(libdevice.fast_log2f(x), 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
@@ -227,7 +229,8 @@ def weigh(
     """gate * RMSNorm(far) + (1 - gate) * RMSNorm(near), with gate = sigmoid(z), then SiLU if `silu`.
 
     z, far, near and the result: `[..., H V]`, of one dtype, with norms over V channels; w_far, w_near: their weights
-    `[V]`. (Heads of their own dimension would make four, which torch.compile may lay out anew near a convolution.)
+    `[V]`. (Heads are no dimension of their own: near a convolution torch.compile may copy what has four dimensions into
+    another layout.)
 
     Raises: see `log_gates`.
 
@@ -235,13 +238,17 @@ def weigh(
     """
     shape, weight = tuple(z.shape), (len(w_far),)
     _check(z, far=(far, shape), near=(near, shape), w_far=(w_far, weight), w_near=(w_near, weight))
+    if not z.dtype == far.dtype == near.dtype:
+        raise ValueError(f"expected one dtype of z, far and near, got {z.dtype}, {far.dtype}, {near.dtype}")
+    if not min(eps_far, eps_near) > 0:
+        raise ValueError(f"eps_far, eps_near: expected positive numbers, got {eps_far}, {eps_near}")
     if z.shape[-1] % len(w_far):
         raise ValueError(f"z: expected heads of {len(w_far)} channels, as w_far has, got {z.shape[-1]} channels")
     return _weigh(z, far, near, w_far, w_near, eps_far, eps_near, silu)
 
 
 def _check(x: Tensor, **others: tuple[Tensor, tuple[int, ...]]) -> None:
-    """Of x the dtype and the device, of the others the shape."""
+    """Of x the dtype and the device, of the others the shape and the device."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"expected float32, float16 or bfloat16, got {x.dtype}; write it with PyTorch, or convert it")
     if not INTERPRETED and not x.is_cuda:
@@ -249,6 +256,8 @@ def _check(x: Tensor, **others: tuple[Tensor, tuple[int, ...]]) -> None:
     for name, (each, shape) in others.items():
         if tuple(each.shape) != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(each.shape)}")
+        if each.device != x.device:
+            raise ValueError(f"{name}: expected the first tensor's device, {x.device}, got {each.device}")
 
 
 def _operands(x: Tensor, **weights: Tensor) -> list[Tensor]:
@@ -382,7 +391,7 @@ def _save(ctx, inputs, output):
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.flatten(0, -2)
+    return torch.atleast_2d(x).flatten(0, -2)
 
 
 def _differentiate_log_gates(ctx, dg):
