@@ -682,8 +682,8 @@ print("predicted and noticed:", *sorted(prediction & found), sep="\n    ")
 print("a surprise:", *sorted(prediction ^ found), sep="\n    ")
 
 # %% [markdown]
-# The project does this to its kernels, their launcher and the chunked layer, with the whole test-suite in the place of
-# our eleven checks:
+# The project does this to its kernels, their launcher, the chunked layer and the model's choice of kernels, with the
+# whole test-suite in the place of our eleven checks:
 
 # %%
 print(f"{len(MUTANTS)} planted bugs:", dict(Counter(mutant.layer for mutant in MUTANTS)))
