@@ -3,7 +3,7 @@
 The interpreter accepts what the compiler refuses (small tiles, types that change in a loop). So each entry of
 `vig_ref.fused.launch.TILES`, in every arithmetic, direction and gate dtype, is compiled to machine code here, in a
 process where Triton compiles, and its shared memory is held against the smallest limit among those GPUs. For the heads
-of ViG in bfloat16, loops must fetch all that they load ahead.
+of ViG in bfloat16, loops must fetch all that they load ahead. The kernels of `vig_ref.parts` are compiled, too.
 """
 
 import json
@@ -56,16 +56,21 @@ def launches(dtype: str, dot: str) -> list[Launch]:
     return [*half, *one, segment, *(launch._replace(**way) for launch in (one[0], one[1], segment) for way in ways)]
 
 
+def where_triton_compiles(name: str, *arguments):
+    """What a function of this file returns in a process of its own: here Triton interprets."""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    clean["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, __file__, json.dumps([name, *arguments])]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
 @pytest.mark.parametrize(("dtype", "dot"), ARITHMETIC)
 @pytest.mark.parametrize("tile", TILES)
 def test_every_launch_compiles(tile, dtype, dot):
     wanted = launches(dtype, dot)
-    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    clean["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, __file__, json.dumps([tile, dtype, dot, wanted])]
-    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    compiled = json.loads(done.stdout)
+    compiled = where_triton_compiles("compile_all", tile, dtype, dot, wanted)
     assert len(compiled) == len(wanted)
     for launch, (shared, tensor_cores, fetching, waits) in zip(wanted, compiled, strict=True):
         assert shared <= SHARED_MEMORY, launch
@@ -95,12 +100,7 @@ PARTS = [
 @pytest.mark.parametrize("sm", [80, 90])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])  # the model takes them in no other
 def test_every_part_compiles(dtype, sm):
-    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    clean["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, __file__, json.dumps([dtype, sm])]
-    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    compiled = json.loads(done.stdout)
+    compiled = where_triton_compiles("compile_parts", dtype, sm)
     assert len(compiled) == len(PARTS)
     for (kernel, _), (shared, tensor_cores) in zip(PARTS, compiled, strict=True):
         assert shared <= SHARED_MEMORY, kernel
@@ -202,5 +202,5 @@ def specialise(names, dtype, kind, options):
 
 
 if __name__ == "__main__":
-    arguments = json.loads(sys.argv[1])
-    print(json.dumps((compile_parts if len(arguments) == 2 else compile_all)(*arguments)))
+    name, *arguments = json.loads(sys.argv[1])
+    print(json.dumps(globals()[name](*arguments)))

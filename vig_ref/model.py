@@ -253,7 +253,7 @@ class Mixer(nn.Module):
         local = self.local(x)  # [B, T, D]
         # 2. Global branch: every token, in both directions.
         q, k, v, g_fwd, g_rev = self.project(local)  # [B, H, T, K or V]
-        o = bidirectional_gla(q, k, v, g_fwd, g_rev, backend=self.backend).transpose(1, 2).flatten(2)  # [B, T, D]
+        o = bidirectional_gla(q, k, v, g_fwd, g_rev, backend=self.backend).transpose(1, 2)  # [B, T, H, V]
         # 3. The gate decides, channel by channel, how much of each is taken.
         y = self.weigh(self.gate_proj(local), o, local)  # [B, T, D]
         return self.out_proj(y).unflatten(1, x.shape[1:3])
@@ -281,13 +281,16 @@ class Mixer(nn.Module):
         return F.logsigmoid(x.to(torch.promote_types(x.dtype, torch.float32))) / FORGET_TEMPERATURE
 
     def weigh(self, z: Tensor, o: Tensor, local: Tensor) -> Tensor:
-        """gate * norm_o(o) + (1 - gate) * norm_local(local) with gate = sigmoid(z): `[B, T, D]`, as all three."""
+        """gate * norm_o(o) + (1 - gate) * norm_local(local) with gate = sigmoid(z).
+
+        z, local and the result: `[B, T, D]`; o: `[B, T, H, V]`.
+        """
         far, near = self.norm_o, self.norm_local
         parts = one_kernel(z, self.backend, [far, near], [(RMSNorm, "weight")] * 2)
         if parts and z.dtype == o.dtype == local.dtype and far.eps and near.eps:
-            return parts.weigh(z, o, local, far.weight, near.weight, far.eps, near.eps, self.silu)
-        gate, o, local = (self.split_heads(x) for x in (torch.sigmoid(z), o, local))
-        y = (gate * far(o) + (1 - gate) * near(local)).flatten(2)
+            return parts.weigh(z, o.flatten(2), local, far.weight, near.weight, far.eps, near.eps, self.silu)
+        gate = self.split_heads(torch.sigmoid(z))
+        y = (gate * far(o) + (1 - gate) * near(self.split_heads(local))).flatten(2)
         return F.silu(y) if self.silu else y
 
     def split_heads(self, x: Tensor) -> Tensor:

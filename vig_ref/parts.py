@@ -175,7 +175,7 @@ def weigh_backward_kernel(
     z, far, near, w_far, w_near, dy, dz, dfar, dnear, dw, M, V, eps_far, eps_near, SILU: tl.constexpr,
     BM: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The same rows; dw `[programs, 2 V]`: what they add to the gradients by w_far and by w_near."""
+    """The same rows; dw `[programs, 2, V]`: what they add to the gradients by w_far and by w_near."""
     row = tl.program_id(0) * BM
     gate = sigmoid(load(z, row, 0, M, V, BM, BV, tl.float32), FAST)
     b_far, r_far = normed(load(far, row, 0, M, V, BM, BV, tl.float32), V, eps_far)
@@ -232,7 +232,7 @@ def weigh(
     `[V]`. (Heads are no dimension of their own: near a convolution torch.compile may copy what has four dimensions into
     another layout.)
 
-    Raises: see `log_gates`.
+    Raises: see `log_gates`; ValueError also for an eps that is not positive.
 
     Source: ViG, Eq. 7; the norms are the released code's.
     """
