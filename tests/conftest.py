@@ -130,7 +130,7 @@ def red_zones():
         return allocate_between_canaries
 
     with pytest.MonkeyPatch.context() as patch:
-        names = ("_empty", "_parts", "_states", "_share", "_entering", "_decays")
+        names = ("_empty", "_parts", "_states", "_share", "_entering", "_decays", "_meeting")
         for module, name in [*((launch, name) for name in names), (parts, "_empty")]:
             patch.setattr(module, name, guarded(getattr(module, name)))
         yield

@@ -194,11 +194,13 @@ def test_14_offset_beyond_32_bits(dim, tmp_path):
     judge("fused", x._replace(q=spread(x.q, dim, 2**30, tmp_path)), scale=1)
 
 
+@pytest.mark.parametrize("many", [0, 10**9], ids=["halves", "segments"])
 @pytest.mark.parametrize("regime", ["vig", "reset"])
 @pytest.mark.parametrize("name", Inputs._fields)
-def test_14_offset_beyond_32_bits_in_a_later_chunk(name, regime, tmp_path, monkeypatch):
+def test_14_offset_beyond_32_bits_in_a_later_chunk(name, regime, many, tmp_path, monkeypatch):
     """Every kernel computes addresses from its own loops, on the fast path and, after a reset, on the other."""
     monkeypatch.setattr(launch, "SEGMENT", 32)
+    monkeypatch.setattr(launch, "MANY", many)
     x = on("fused", 1, 1, 50, 3, 4, regime=regime)
     judge("fused", x._replace(**{name: spread(getattr(x, name), 2, 2**26, tmp_path)}), scale=1)
 
@@ -238,7 +240,7 @@ def test_14_results_are_asked_too_how_far_they_lie():
 def test_15_more_sequences_than_the_second_grid_axis_holds():
     """The first axis of a CUDA grid holds 2^31 - 1 programs, the others 65535: sequences belong on the first."""
     v = torch.empty(70_000, 2, 1, 16, device="meta")
-    assert launch._grid(v, 32) == (140_000, 1, 1)
+    assert launch._grid(v, 32, False) == (140_000, 1, 1)
 
 
 @pytest.mark.gpu
@@ -346,8 +348,10 @@ def test_23_half_precision_with_float32_gates(layer):
     half_precision_passes(layer, x, "float16")
 
 
-def test_23_half_precision_in_several_segments(monkeypatch):
+@pytest.mark.parametrize("many", [0, 10**9], ids=["halves", "segments"])
+def test_23_half_precision_in_several_segments(many, monkeypatch):
     monkeypatch.setattr(launch, "SEGMENT", 32)
+    monkeypatch.setattr(launch, "MANY", many)
     x = on("fused", 1, 2, 66, 3, 4, dtype=torch.float16, gate_dtype=torch.float32)
     half_precision_passes("fused", x, "float16")
 

@@ -12,6 +12,7 @@ import torch
 
 from vig_ref import bench, bench_report, chunked, cli, naive, tolerance, traffic
 from vig_ref.bench import GPU_SHAPES, NAMED, Shape
+from vig_ref.fused import launch
 
 DOCS = Path(__file__).parents[1] / "docs"
 SHAPES = ["2,2,17,4,8", "1,2,40,4,8"]
@@ -53,6 +54,10 @@ def test_the_fused_layer_by_hand():
     state = 2 * 32 * 64 * 2 / 16  # bfloat16, written and read for every chunk of 16 tokens
     forward, backward = 640 + 64 + 64 + 128 + share, 1152 + 2 * scan + 2 * state
     assert traffic.fused(32, 64, 196) == {"forward": forward, "forward+backward": forward + backward}
+    meet = 2 * 2 * 32 * 64 * 4 / 1024  # float32, of both scans: written where programs meet, and read
+    halves = {"forward": forward + meet, "forward+backward": forward + meet + backward + 2 * meet}
+    assert traffic.fused(32, 64, 1024, sequences=launch.MANY) == halves
+    assert traffic.fused(32, 64, 1024, sequences=launch.MANY - 1) == traffic.fused(32, 64, 1024) != halves
     a_state = 32 * 64 * 4 / 256  # float32, of 256 tokens
     adds = 3 / 4 * (scan + 2 * a_state)  # nothing wants what leaves the last of four segments
     enters = 2 * a_state  # written and read

@@ -37,6 +37,8 @@ class Launch(NamedTuple):
     directions: tuple[bool, bool] = BOTH
     sm: int = 90
     segments: bool = False  # T beyond one segment: states enter, and two more kernels run
+    halves: bool = False  # T beyond one segment: two programs walk towards each other
+    second: bool = True  # the second of two walks
     strided: bool = False  # features apart from each other, and strides beyond 32 bits
     far: bool = False  # offsets beyond 32 bits
     parts: bool = False  # V in several blocks: dq, dk and dg of each in float32
@@ -45,15 +47,19 @@ class Launch(NamedTuple):
 
 def launches(dtype: str, dot: str) -> list[Launch]:
     """All that a launcher may ask for with bfloat16 products, and the main ones for others, which compile for long."""
-    one = [Launch("forward_kernel"), Launch("backward_kernel")]
+    walks = [dict(second=False), dict(second=True)]
+    one = [Launch("forward_kernel"), *(Launch("backward_kernel", **walk) for walk in walks)]
     segment = Launch("segment_kernel", own=True)
     half = [launch._replace(gates=dtype) for launch in one if dtype != "fp32"]
+    both = [Launch(name, halves=True, **walk) for name in ("half_kernel", "backward_kernel") for walk in walks]
     ways = [dict(sm=80)]
     if dot == "bf16":
         ways += [dict(directions=FWD, gates=dtype), dict(directions=REV), dict(segments=True), dict(far=True)]
         ways += [dict(strided=True, far=True, gates=dtype)]  # gates of 16 bits: scratch memory for states
+        both += [launch._replace(**way) for launch in both for way in (ways[0], ways[-2], ways[-1])]
         one += [Launch("backward_kernel", parts=True), Launch("segment_kernel"), Launch("combine_kernel")]
-    return [*half, *one, segment, *(launch._replace(**way) for launch in (one[0], one[1], segment) for way in ways)]
+    every = [launch._replace(**way) for launch in (*one[:3], segment) for way in ways]
+    return [*half, *one, segment, *both, *every]
 
 
 def where_triton_compiles(name: str, *arguments):
@@ -75,11 +81,11 @@ def test_every_launch_compiles(tile, dtype, dot):
     for launch, (shared, tensor_cores, fetching, waits) in zip(wanted, compiled, strict=True):
         assert shared <= SHARED_MEMORY, launch
         if dot == "bf16" and tile[0] < MAX_K and launch.kernel != "combine_kernel" and not launch.strided:
-            # A loop for each direction, or for each of the two sweeps of the backward pass.
-            assert fetching == (2 if launch.kernel == "backward_kernel" else sum(launch.directions)), launch
+            walks = 1 if launch.kernel in ("half_kernel", "backward_kernel") else sum(launch.directions)
+            assert fetching == walks, launch
             if Version(triton.__version__) >= Version("3.9"):  # all but this: docs/performance.md, "What limits it now"
                 waits = [name for name in waits if not name.startswith("%b_dS")]
-            assert launch.sm < 90 or not waits, (launch, waits)  # see `backward_anchored`
+            assert launch.sm < 90 or not waits, (launch, waits)  # see `gradients_anchored`
         assert tensor_cores == (dot != "ieee" and launch.kernel != "combine_kernel"), launch
 
 
@@ -142,10 +148,15 @@ def compile_all(tile, dtype, dot, wanted):
     for kind in (Launch(*each) for each in wanted):
         kernel = getattr(kernels, kind.kernel)
         backward = kind.kernel == "backward_kernel"
-        dependent = kind.sm >= 90 and (kind.segments or kind.kernel == "combine_kernel")
         options = launch.constants(
-            tuple(tile), dot, *kind.directions, backward=backward, far=kind.far, dependent=dependent
+            tuple(tile), dot, *kind.directions, backward=backward, far=kind.far, dependent=kind.sm >= 90
         )
+        if kind.kernel == "forward_kernel":
+            options |= launch._behind(options["DEPENDENT"] and kind.segments)
+        if kind.kernel == "half_kernel":
+            options = launch.half_constants(options, not kind.strided, kind.second)
+        if backward:
+            options = launch.backward_constants(options, kind.halves, not kind.strided, kind.second, kind.segments)
         if kind.kernel == "segment_kernel":
             options = launch.segment_constants(options, kind.own)
         if kind.kernel == "combine_kernel":
@@ -172,10 +183,10 @@ def specialise(names, dtype, kind, options):
     signature, constants, attributes = {}, {name: options[name] for name in names if name in options}, {}
     ends = [end for end, there in zip(("fwd", "rev"), kind.directions, strict=True) if not there]
     absent = {f"{gate}_{end}" for end in ends for gate in ("g", "dg")}
-    if not kind.segments and kind.kernel in ("forward_kernel", "backward_kernel"):
+    if not kind.segments and not kind.halves:
         absent |= {"p_S_enter", "p_dS_enter"}
     if (dtype, kind.gates) == ("bf16", "fp32") and not kind.parts:
-        absent |= {"p_S_rev", "p_dS_fwd"}  # no scratch memory for states: they are kept where the gradients go
+        absent |= {"p_S", "p_dS"}  # no scratch memory for states: they are kept where the gradients go
     for i, name in enumerate(names):
         if name in options:
             signature[name] = "constexpr"
@@ -185,8 +196,10 @@ def specialise(names, dtype, kind, options):
             signature[name] = "fp32" if name == "scale" else "i32"
             if name in ("K", "V") and not kind.strided:
                 attributes[(i,)] = [["tt.divisibility", 16]]
+        elif name == "p_exact":
+            signature[name] = "*i32"
         elif name.startswith("p_"):
-            rounded = options.get("DOT") == "bf16" and name in ("p_S_rev", "p_dS_fwd")
+            rounded = options.get("DOT") == "bf16" and name in ("p_S", "p_dS")
             signature[name], attributes[(i,)] = "*bf16" if rounded else "*fp32", [["tt.divisibility", 16]]
         else:
             pointer = kind.gates if name.startswith(("g_", "dg_")) else dtype

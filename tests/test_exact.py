@@ -245,7 +245,7 @@ def forbid(monkeypatch, path: str):
     def refused(*_):
         raise AssertionError(f"the path {path!r} was taken")
 
-    for name in (f"forward_{path}", f"backward_{path}"):
+    for name in (f"forward_{path}", f"states_{path}", f"gradients_{path}"):
         if path and launch.INTERPRETED:
             monkeypatch.setattr(kernels, name, refused)
 

@@ -21,10 +21,14 @@ def inputs(T=20, K=5, V=7, **options):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch 2.15's own, which it only hides
-@pytest.mark.parametrize(("directions", "tokens"), [("both", 256), ("fwd", 256), ("rev", 256), ("both", 32)])
-def test_opcheck(monkeypatch, directions, tokens):
+@pytest.mark.parametrize(
+    ("directions", "tokens", "many"),
+    [("both", 256, 128), ("fwd", 256, 128), ("rev", 256, 128), ("both", 32, 128), ("both", 32, 0)],
+)
+def test_opcheck(monkeypatch, directions, tokens, many):
     """The registration with PyTorch: schema, autograd, fake tensors, and tracing by torch.compile; T is 40."""
     monkeypatch.setattr(launch, "SEGMENT", tokens)
+    monkeypatch.setattr(launch, "MANY", many)
     q, k, v, g_fwd, g_rev = (t.requires_grad_() for t in inputs(T=40)[:5])
     gates = {"both": (g_fwd, g_rev), "fwd": (g_fwd, None), "rev": (None, g_rev)}[directions]
     torch.library.opcheck(launch._forward, (q, k, v, *gates, 0.5, "ieee"))

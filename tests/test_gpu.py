@@ -84,8 +84,10 @@ def test_a_graph_can_be_captured_and_replayed():
         assert torch.equal(logits, model(images))
 
 
-def test_launches_that_overlap_can_be_captured():
-    """Three kernels a pass, of which each may be launched before the one ahead of it has ended."""
+@pytest.mark.parametrize("many", [0, 10**9], ids=["halves", "segments"])
+def test_launches_that_overlap_can_be_captured(many, monkeypatch):
+    """Up to four kernels a pass, of which each may be launched before the one ahead of it has ended."""
+    monkeypatch.setattr(launch, "MANY", many)
     x = draw(2, 3, 3 * launch.SEGMENT + 5, 32, 64, regime="vig", dtype=torch.bfloat16, device="cuda")
     leaves = [t.detach().requires_grad_() for t in x[:5]]
 

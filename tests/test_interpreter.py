@@ -22,10 +22,12 @@ def evaluated(T, regime):
 
 
 @interpreted
+@pytest.mark.parametrize("many", [0, 10**9], ids=["halves", "segments"])
 @pytest.mark.parametrize("regime", ["vig", "reset"])
-def test_bits_are_those_of_the_interpreter_as_it_is(regime, monkeypatch):
-    """Every kernel, the two for segments among them, on its fast path and on the other."""
+def test_bits_are_those_of_the_interpreter_as_it_is(regime, many, monkeypatch):
+    """Every kernel, those for segments and halves among them, on its fast path and on the other."""
     monkeypatch.setattr(launch, "SEGMENT", 32)
+    monkeypatch.setattr(launch, "MANY", many)
     hurried = evaluated(37, regime)
     monkeypatch.setattr(of_triton, "_patch_lang", interpreter._replace)
     as_it_is = evaluated(37, regime)
@@ -38,7 +40,7 @@ def test_the_language_is_replaced_once_a_launch_and_put_back(monkeypatch):
     replaced, replace = [], interpreter._replace
     monkeypatch.setattr(interpreter, "_replace", lambda kernel: replaced.append(kernel.__name__) or replace(kernel))
     evaluated(17, "vig")
-    assert replaced == ["forward_kernel", "backward_kernel"]
+    assert replaced == ["forward_kernel", "backward_kernel", "backward_kernel"]
     assert tl.core.is_builtin(tl.load)
 
 

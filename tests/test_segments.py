@@ -1,9 +1,10 @@
-"""Segments and paths of the fused layer: how a sequence is cut, and which of two arithmetics a program takes.
+"""Segments, halves and paths of the fused layer: how a sequence is cut, and which of two arithmetics a program takes.
 
-A sequence longer than `launch.SEGMENT` is cut into segments, whose states are found and combined first. A program
-computes by the fast path and again by the path for every gate if it met an exponent below `launch.BOUND`. Neither
-choice may show in the result. Tests shrink the segments, so that a few chunks make several, and move the bound, so
-that one path alone is at work. Both paths and every cut must agree with the naive layer: bitwise on dyadic inputs,
+A sequence longer than `launch.SEGMENT` is cut into segments, whose states are found and combined first, or, if there
+are `launch.MANY` of them, into halves, in which two programs walk towards each other. A program computes by the fast
+path, and again by the path for every gate if it met an exponent below `launch.BOUND`. No choice may show in the result.
+Tests shrink the segments, so that a few chunks make several, choose between segments and halves, and move the bound,
+so that one path alone is at work. Both paths and every cut must agree with the naive layer: bitwise on dyadic inputs,
 elsewhere within the bound of `vig_ref.tolerance`.
 
 What is not seen here: the compiler, races, and the arithmetic of bfloat16, which only a GPU has.
@@ -28,8 +29,15 @@ INF = float("inf")
 LOG2 = float(-HALF)
 
 
+@pytest.fixture(params=[False, True], ids=["segments", "halves"])
+def halves(request, monkeypatch):
+    """Whether long sequences are halved or cut into segments, however many there are."""
+    monkeypatch.setattr(launch, "MANY", 0 if request.param else 10**9)
+    return request.param
+
+
 @pytest.fixture
-def segments_of(monkeypatch):
+def segments_of(monkeypatch, halves):
     return lambda tokens: monkeypatch.setattr(launch, "SEGMENT", tokens)
 
 
@@ -54,21 +62,25 @@ def set_bounds(monkeypatch, bound: float):
 
 @pytest.fixture
 def recomputed(monkeypatch):
-    """The token ranges that programs computed again by the path for every gate: (pass, first token, end)."""
+    """The token ranges that programs computed by the path for every gate: (pass, first token, end)."""
     calls = []
 
-    def recorded(which: str):
-        function = getattr(kernels, f"{which}_halving")
-        start, end = (function.arg_names.index(name) for name in ("start", "end"))
+    def recorded(which: str, name: str):
+        function = getattr(kernels, name)
+        where = [function.arg_names.index(argument) for argument in ("first", "count", "step")]
 
         def call(*arguments):
-            calls.append((which, *(int(np.asarray(arguments[n].handle.data).item()) * C for n in (start, end))))
+            numbers = (getattr(getattr(arguments[n], "handle", None), "data", arguments[n]) for n in where)
+            first, count, step = (int(np.asarray(number).item()) for number in numbers)
+            start = min(first, first + (count - 1) * step)
+            calls.append((which, start * C, (start + count) * C))
             return function(*arguments)
 
-        monkeypatch.setattr(kernels, f"{which}_halving", call)
+        monkeypatch.setattr(kernels, name, call)
 
-    recorded("forward")
-    recorded("backward")
+    recorded("forward", "forward_halving")
+    recorded("backward", "states_halving")
+    recorded("backward", "gradients_halving")
     return calls
 
 
@@ -209,11 +221,57 @@ def test_stretches_of_tokens_combine_in_any_order():
 
 
 def test_segments_of_a_neighbour_do_not_matter(segments_of):
-    """Bitwise the same alone and in a batch; each sequence of each head has states of its own."""
+    """Bitwise the same alone and in a batch that is cut alike; each sequence of each head has states of its own."""
     segments_of(32)
     x = on_device(2, 2, 33, 3, 4)[:5]
     whole, alone = (bidirectional_gla(*tensors, backend="fused") for tensors in (x, [t[1:, 1:] for t in x]))
     assert torch.equal(whole[1:, 1:], alone)
+
+
+def test_long_sequences_are_halved_where_there_are_many():
+    """One for each batch, head and block of V; and only with two gates, of one dtype."""
+    g, T = torch.empty(1, device="meta"), launch.SEGMENT + 1
+
+    def halved(B, H, T, K, V, g_fwd=g, g_rev=g):
+        q, v = (torch.empty(B, H, T, D, device="meta") for D in (K, V))
+        return launch._halves(q, v, g_fwd, g_rev)
+
+    enough = launch.MANY // 4
+    assert halved(enough, 4, T, 32, 64)
+    assert halved(4, enough, T, 16, 32)
+    assert halved(enough, 2, T, 128, 33)
+    assert not halved(enough - 1, 4, T, 32, 64)
+    assert not halved(enough, 4, launch.SEGMENT, 32, 64)
+    assert not halved(enough, 4, T, 32, 64, g_rev=None)
+    assert not halved(enough, 4, T, 32, 64, g_fwd=None)
+    assert not halved(enough, 4, T, 32, 64, g_rev=g.bfloat16())
+
+
+@pytest.mark.parametrize("end", ["g_fwd", "g_rev"])
+def test_halves_of_gates_that_lie_differently(segments_of, end):
+    """A program chooses its gate as it runs: strides of one of them are not those of the other."""
+    segments_of(32)
+    x = gentle(50, 5, 7, seed=0)
+    same_bits(x._replace(**{end: every_second(getattr(x, end))}))
+
+
+def test_gates_of_two_dtypes_are_cut_into_segments(monkeypatch):
+    """However many there are: then with the same bits as with both gates in float32."""
+    monkeypatch.setattr(launch, "SEGMENT", 32)
+    monkeypatch.setattr(launch, "MANY", 0)
+    q, k, v, g_fwd, g_rev = on_device(1, 1, 49, 3, 4, dtype=torch.float16)[:5]
+    got = bidirectional_gla(q, k, v, g_fwd, g_rev.float(), backend="fused")
+    monkeypatch.setattr(launch, "MANY", 10**9)
+    assert torch.equal(got, bidirectional_gla(q, k, v, g_fwd.float(), g_rev.float(), backend="fused"))
+
+
+@interpreted
+def test_states_in_between_are_as_precise_as_sums(segments_of):
+    """In float16 a result is that of the same numbers in float32, rounded: nothing in between was."""
+    segments_of(32)
+    x = [t.half() for t in on_device(1, 1, 49, 3, 4)[:5]]
+    wide = bidirectional_gla(*(t.float() for t in x), backend="fused")
+    assert torch.equal(bidirectional_gla(*x, backend="fused"), wide.half())
 
 
 def test_a_sequence_is_cut_into_few_segments():
@@ -241,22 +299,24 @@ def test_any_number_of_tokens_can_be_exported(least, most):
     torch.export.export(Layer(), x, dynamic_shapes=(({2: T},) * 5,), strict=False)
 
 
-def test_every_chunk_leaves_its_share_of_o_in_a_place_of_its_own(keep, segments_of):
+def test_every_chunk_leaves_its_share_of_o_in_a_place_of_its_own(keep, segments_of, halves):
     """On a GPU programs run at the same time; here, one after the other, two could share a place unnoticed."""
     segments_of(32)
     kept = keep("_share")
     x = Inputs(*(t.to(FUSED_DEVICE, torch.float32) for t in gentle(70, 5, 7, seed=0)))
     bidirectional_gla(*x[:5], scale=0.5, backend="fused")
-    assert torch.equal(kept[0], gla(x.q, x.k, x.v, x.g_rev, reverse=True, scale=0.25, backend="naive"))
+    fwd, rev = (gla(*x[:3], g, reverse=g is x.g_rev, scale=0.25, backend="naive") for g in x[3:5])
+    half = 48 if halves else 0  # in its half of the tokens each scan is the first
+    assert torch.equal(kept[0], torch.cat([fwd[:, :, :half], rev[:, :, half:]], 2))
 
 
-def test_every_place_in_scratch_memory_is_written(monkeypatch, keep, segments_of):
+def test_every_place_in_scratch_memory_is_written(monkeypatch, keep, segments_of, halves):
     """Fresh memory is NaN: heads, segments or blocks of V that share a place would leave another as it was."""
     segments_of(32)
     monkeypatch.setattr(launch, "LINE", 1000)  # bytes, more than the 140 of a row of o: its share in scratch memory
-    kept = keep("_share", "_states")
+    kept = keep("_share", "_states", "_meeting")
     evaluate(fused.bidirectional_gla, on_device(1, 2, 64, 40, 35), scale=0.5)
-    assert len(kept) == 3
+    assert len(kept) == (6 if halves else 3)
     assert not any(memory.isnan().any() for memory in kept)
 
 
@@ -299,9 +359,10 @@ def test_where_the_share_of_o_lies(V, dtype, dot, directions, where_o_will_be):
 
 @interpreted
 @pytest.mark.parametrize("bound", PATHS.values(), ids=PATHS)
-@pytest.mark.parametrize("sizes", [(21, 32, 64), (21, 16, 32)], ids=str)
-def test_states_may_be_kept_where_the_gradients_go(monkeypatch, sizes, bound):
+@pytest.mark.parametrize("sizes", [(53, 32, 64), (53, 16, 32)], ids=str)
+def test_states_may_be_kept_where_the_gradients_go(monkeypatch, segments_of, sizes, bound):
     """As with bfloat16 on a GPU, for the heads of ViG: the same bits as with rounded states in scratch memory."""
+    segments_of(32)
     set_bounds(monkeypatch, bound)
     x = draw(1, 2, *sizes, regime="moderate", dtype=torch.bfloat16, gate_dtype=torch.float32)
     states, got = launch._states, []
@@ -328,7 +389,7 @@ def test_states_are_kept_where_the_gradients_go_only_if_two_fit(K, V, gates, dot
     q, v = (torch.empty(1, 2, 20, D, dtype=torch.bfloat16) for D in (K, V))
     g = torch.empty(1, 2, 20, K, dtype=gates)
     options = launch.constants(launch._tile(q, v), dot, True, True, backward=True)
-    assert (launch._states(q, v, [q, q, v, g, g], options).numel() == 0) == kept
+    assert (launch._states(q, v, [q, q, v, g, g], options, False).numel() == 0) == kept
     if kept:  # bytes that a chunk's gradients take, and its two states in bfloat16
         assert C * sum(t.element_size() * t.shape[3] for t in (q, q, v, g, g)) >= 2 * 2 * options["BK"] * options["BV"]
 
@@ -455,7 +516,7 @@ def test_nan_in_a_gate_stays_nan(segments_of, regime):
 def test_gradients_are_laid_out_as_the_compiler_is_told():
     """The backward pass is an operator of its own to torch.compile: its fake results have true strides and dtypes."""
     x = on_device(1, 2, 3, 3, 4, dtype=torch.float16, gate_dtype=torch.float32)
-    arguments = (*x[:5], launch._entering(x.q, x.v), x.do, 0.5, "ieee")
+    arguments = (*x[:5], launch._entering(x.q, x.v, False), x.do, 0.5, "ieee")
     torch.library.opcheck(launch._backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -41,7 +41,7 @@ import vig_ref
 from vig_ref import tolerance, traffic
 from vig_ref.chunked import chunks
 from vig_ref.fused import anchored, blocks, kernels, launch
-from vig_ref.fused.blocks import LOG2E, ahead, dot, load, sequence, store, sums
+from vig_ref.fused.blocks import LOG2E, ahead, chunk, dot, load, sequence, store, sums
 
 # A kernel may try a fast form first, and compute again where that overflows; the interpreter would say so each time.
 warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
@@ -117,13 +117,16 @@ ch03.programs(T, C)
 # addresses is a column plus a row. This is what the library loads all its inputs with:
 
 # %%
-for function in (blocks.tile, blocks.load):
+for function in (blocks.chunk, blocks.tokens, blocks.tile, blocks.load):
     show(function)
 
 # %% [markdown]
 # `x` is a tuple of pointer and strides: views and transposed tensors are read where they lie, nothing is copied.
-# `i_t` is a 64-bit integer where an offset inside the sequence may reach $2^{31}$ (the launcher looks, in `_far`), and all
-# offsets with it; where none can, 32 bits do, for fewer instructions. BK is K rounded up to a power of two; columns beyond K are masked too.
+# `at` is a chunk as somebody meets who walks along the sequence: its first token on the way, and the `step` to the next,
+# 1 to the right or −1 to the left. Hold on to that: it will save us half of the work. A token's number has
+# 64 bits where an offset inside the sequence may reach $2^{31}$ (the launcher looks, in `_far`), and all offsets with
+# it; where none can, 32 bits do, for fewer instructions. BK is K rounded up to a power of two; columns beyond K are
+# masked too.
 #
 # ## 2. Sums of gates, by a matrix product
 #
@@ -147,10 +150,10 @@ show(blocks.sums)
 @triton.jit
 def decay_kernel(g, E, T, K, C: tl.constexpr, BK: tl.constexpr):
     n = tl.program_id(0)  # one program a chunk
-    b_g = load(g, n * C, T, K, C, BK) * LOG2E  # [C, BK]
+    b_g = load(g, chunk(n, 1, C), T, K, C, BK) * LOG2E  # [C, BK]
     M = ahead(True, True, C)  # 1 from the left edge to token i, itself included  [C, C]
     b = sums(M, b_g, "ieee")  # M g  [C, BK]
-    store(E, tl.exp2(b), n * C, T, K, C, BK)
+    store(E, tl.exp2(b), chunk(n, 1, C), T, K, C, BK)
 
 
 def sequence_of(x):
@@ -186,12 +189,13 @@ equal("E = exp2(M g), kernel = chunked", E, E_chunked)
 # %%
 @triton.jit
 def chunk_kernel(q, k, v, g, o, T, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    b_q, b_k, b_v = load(q, 0, T, K, C, BK), load(k, 0, T, K, C, BK), load(v, 0, T, V, C, BV)
-    b = sums(ahead(True, True, C), load(g, 0, T, K, C, BK) * LOG2E, "ieee")  # [C, BK]
+    at = chunk(0, 1, C)
+    b_q, b_k, b_v = load(q, at, T, K, C, BK), load(k, at, T, K, C, BK), load(v, at, T, V, C, BV)
+    b = sums(ahead(True, True, C), load(g, at, T, K, C, BK) * LOG2E, "ieee")  # [C, BK]
     A = dot(b_q * tl.exp2(b), tl.trans(b_k * tl.exp2(-b)), tl.zeros((C, C), tl.float32), "ieee")
     reads = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]  # i >= j
     b_o = dot(tl.where(reads, A, 0.0), b_v, tl.zeros((C, BV), tl.float32), "ieee")  # A v
-    store(o, b_o, 0, T, V, C, BV)
+    store(o, b_o, at, T, V, C, BV)
 
 
 T = 13
@@ -215,8 +219,8 @@ show(blocks.carry)
 
 # %% [markdown]
 # The state is held **transposed**, `[BV, BK]`: a channel of $k$ and its gate are a column then, as in `[C, BK]` (and
-# the tensor cores' result lies as their next operand must). `LEFT` says to which edge. Now the scan: one program per
-# head, which walks through its chunks with the state in registers.
+# the tensor cores' result lies as their next operand must). Now the scan: one program per head, which walks through its
+# chunks with the state in registers.
 
 
 # %%
@@ -228,15 +232,16 @@ def scan_kernel(q, k, v, g, o, H, T, K, V, C: tl.constexpr, BK: tl.constexpr, BV
     reads = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
     S = tl.zeros((BV, BK), tl.float32)
     for n in range(tl.cdiv(T, C)):
-        b_q, b_k, b_v = load(q, n * C, T, K, C, BK), load(k, n * C, T, K, C, BK), load(v, n * C, T, V, C, BV)
-        b_g = load(g, n * C, T, K, C, BK) * LOG2E
+        at = chunk(n, 1, C)
+        b_q, b_k, b_v = load(q, at, T, K, C, BK), load(k, at, T, K, C, BK), load(v, at, T, V, C, BV)
+        b_g = load(g, at, T, K, C, BK) * LOG2E
         b = sums(ahead(True, True, C), b_g, "ieee")
         A = dot(b_q * tl.exp2(b), tl.trans(b_k * tl.exp2(-b)), tl.zeros((C, C), tl.float32), "ieee")
         b_o = dot(b_q * tl.exp2(b), tl.trans(S), tl.zeros((C, BV), tl.float32), "ieee")  # across: (q exp(b)) S
         b_o = dot(tl.where(reads, A, 0.0), b_v, b_o, "ieee")  # inside: + A v
         b_kE = b_k * tl.exp2(sums(ahead(False, False, C), b_g, "ieee"))  # what fades after j, to the right edge
         S = dot(tl.trans(b_v), b_kE, tl.exp2(tl.sum(b_g, 0))[None, :] * S, "ieee")  # exp(total) S + S_own
-        store(o, b_o, n * C, T, V, C, BV)
+        store(o, b_o, at, T, V, C, BV)
 
 
 # %%
@@ -259,7 +264,8 @@ for backend in ("naive", "chunked", "fused"):
 # chip**.
 #
 # **Exercise 1.** The reverse scan, $S_t = \alpha_t \odot S_{t+1} + k_t^\top v_t$. Copy `scan_kernel` and turn it round;
-# do not flip a tensor. Four places change.
+# do not flip a tensor. Who reads a sequence from its other end finds the reverse scan to be the forward one: two places
+# change.
 
 
 # %%
@@ -288,16 +294,17 @@ check(reverse_in_chunks)
 # 2. **left to right**: carry $\overrightarrow{S}$, add the share, and write o.
 #
 # No program waits for another, or reads what another wrote. That is why one launch is enough. Inside a program, a
-# barrier between the sweeps makes what its threads wrote visible to all of them.
+# barrier between the walks makes what its threads wrote visible to all of them.
 
 # %%
-ch03.sweeps()
+ch03.walks()
 
 # %% [markdown]
-# *Both sweeps over four chunks.*
+# *Both walks over four chunks.*
 #
-# Here is a sweep in the real kernel. `REVERSE`, the direction, is a compile-time constant. The reverse sweep gets memory
-# for its share as `o`, the forward one `share` too, which for `gla`, one direction, is `None` in either sweep.
+# Here is a walk in the real kernel, the same lines for both: `step` is −1 in the first, and each chunk is read from its
+# right end, so that in a block left always means *met before*. The first walk gets memory for its share as `o`, the
+# second `share` too, which for `gla`, one direction, is `None` in either.
 
 # %%
 show(anchored.forward_anchored, "for i in tl.range", "store_share")
@@ -339,10 +346,10 @@ equal("the share = half of the reverse scan", share, vig_ref.gla(y.q, y.k, y.v, 
 # %% [markdown]
 # ### Or a state instead of a share?
 #
-# Both directions read the same q and k, so one could do the work of a chunk for both at once. The first sweep would leave
+# Both directions read the same q and k, so one could do the work of a chunk for both at once. The first walk would leave
 # the reverse *state* of each chunk, and the second, with both states at hand, take one `A` for both directions (lower triangle
 # from one scan, upper from the other), and one product $A v$. Fewer products, and our kernel began like this. Count the
-# bytes that go through memory between the sweeps for a token of ViG-T, and what a program holds in registers:
+# bytes that go through memory between the walks for a token of ViG-T, and what a program holds in registers:
 
 # %%
 K, V, half = 32, 64, 2  # ViG-T; bytes of bfloat16
@@ -353,9 +360,9 @@ print("a share of o:", half * V, "bytes a token; a state a chunk:", half * K * V
 # *spills*: it moves values to memory and back. Ours were addresses, at the head of every load, and a third of the
 # time was waiting for them ([performance](../docs/performance.md#what-helped-and-what-did-not)).
 #
-# In the backward pass a share would not do: the gradients of a chunk want $S$ from one side and $dS$ from the other. Its first
-# sweep carries the reverse state and the gradient of the forward one, and leaves both for every chunk, `[BV, BK]`; the
-# second carries the other two. Not one state a token: chapter 2's argument. (With ViG's heads they need no memory of
+# In the backward pass a share would not do: the gradients of a chunk want $S$ from one side and $dS$ from the other. Its
+# first walk carries the reverse state and the gradient of the forward one, and leaves both for every chunk, `[BV, BK]`;
+# the second carries the other two. Not one state a token: chapter 2's argument. (With ViG's heads they need no memory of
 # their own: rounded to bfloat16 they fit where the gradients of the chunk's tokens will be written next.) And not in
 # registers, of which a whole multiprocessor (SM) has 256 KiB, to be shared by several programs:
 
@@ -411,7 +418,7 @@ for function in (anchored._middle, anchored._first_and_last_half, anchored._adva
 # ## 7. For every gate: look, and compute again
 #
 # A moved boundary without a check only moves the gate at which a kernel fails. But `_advance` has just summed the gates
-# from one middle to the next, and the sweep keeps the smallest of these sums in `lowest` (for the far half of a sweep's last
+# from one middle to the next, and the walk keeps the smallest of these sums in `lowest` (for the far half of a walk's last
 # chunk, which lies between no two middles, that is done after the loop). Every half of a chunk is part of one such sum,
 # so no exponent is larger in size. A gate of −∞ makes a sum −∞ or NaN, and neither is taken for exact. So the program
 # *knows* when it has gone too far, and the kernel, first the fast path for both directions, ends like this:
@@ -533,11 +540,32 @@ for backend in ("naive", "chunked", "fused"):
 # programs that are certain to run at the same time, which a grid does not promise. Three launches are right on every
 # scheduler. ViG at 224 × 224 has T = 196: one segment, one launch.
 #
+# ### Many long sequences: two programs walk towards each other
+#
+# Segments cost: each is read twice, once for its states and once for the result. They are for *few* sequences. A batch
+# of 64 images of 512 × 512 pixels has 192, with T = 1024, more than a GPU has multiprocessors; a program each would
+# walk for long, and leave some of them idle. So each sequence gets **two** programs, one for each scan, which set out from
+# its two ends:
+#
+# 1. up to the middle each is the first to come by: it leaves its share of o, and where they meet, its state;
+# 2. beyond the middle each finds the other's share, adds its own, and writes o.
+#
+# A launch ends where they meet. The next one takes up the states: nobody waits for anybody, and no token is read more
+# than twice. The launcher does so with `launch.MANY` sequences or more; say that one is many:
+
+# %%
+with mock.patch.object(launch, "SEGMENT", 32), mock.patch.object(launch, "MANY", 1):
+    o = vig_ref.bidirectional_gla(*long[:5], backend="fused")
+for backend in ("naive", "chunked"):
+    equal(f"two halves = {backend}", o, vig_ref.bidirectional_gla(*long[:5], backend=backend))
+
+# %% [markdown]
 # ## 9. Forward and backward, through the front door
 #
-# The backward pass of [chapter 4](04_gradients_by_hand.ipynb) is one launch too, and by the same argument. It needs both
-# states and the gradients of both; two of the four travel right to left, and two left to right, so two sweeps
-# do. The states of chunks are computed again rather than kept; those that enter segments are kept. Everything through the public function, against the oracle:
+# The backward pass of [chapter 4](04_gradients_by_hand.ipynb) needs both states and the gradients of both; two of the four
+# travel right to left, and two left to right, so two walks do. Each is a launch of its own: the first has so much less to
+# carry that twice as many of its programs fit on a multiprocessor. The states of chunks are computed again rather than
+# kept; those that enter segments are kept. Everything through the public function, against the oracle:
 
 # %%
 w = tolerance.draw(B=1, H=2, T=37, K=6, V=10, regime="vig")
@@ -620,20 +648,20 @@ print(f"state in memory: {factor:.0f} times the bytes, {tokens * loop_bytes / CO
 # %% [markdown]
 # ### Predict
 #
-# The floor counts each byte once. Our kernel reads q, k and v in both sweeps, and writes and reads the share of o, in
+# The floor counts each byte once. Our kernel reads q, k and v in both walks, and writes and reads the share of o, in
 # bfloat16. If the second reading always finds the data in the L2 cache, only the floor counts; if it never
 # does, all of it. So the prediction is a range, for float32 gates (`vig-ref bench traffic` counts the same, for all
 # layers and for the backward pass):
 
 # %%
-again = 2 * (2 * K + V)  # q, k, v in the other sweep
+again = 2 * (2 * K + V)  # q, k, v in the other walk
 share_bytes = 2 * 2 * V  # a share of o, bfloat16, written and read
 most_bytes = floor_bytes[4] + again + share_bytes
 print("as the library counts:", most_bytes == traffic.fused(K, V, T=196)["forward"])
 low, high = (tokens * n / COPY * 1e6 for n in (floor_bytes[4], most_bytes))
 print(f"{floor_bytes[4]} to {most_bytes} bytes a token and head: {low:.0f} to {high:.0f} µs")
 between = tokens * (again + share_bytes / 2) / 2**20
-print(f"between its sweeps the whole grid would leave {between:.0f} MiB in the L2 cache, which has 50")
+print(f"between its walks the whole grid would leave {between:.0f} MiB in the L2 cache, which has 50")
 
 # %% [markdown]
 # This is a bound for *memory* only. A kernel can miss it for another reason: instructions. Exponentials, conversions,
@@ -689,7 +717,7 @@ ch03.record(record, low, high)
 # | **A fast path whose check does not see all gates.** Our first one looked at the sums *between the middles* of neighbouring chunks. The far half of the last chunk lies between no two middles | Right everywhere, NaN for a reset in the last eight tokens of a scan. Found by the cell that tries every token. |
 # | **Converting int8 to bfloat16** (4 warps, `[16, 16]`, Triton 3.6) | Wrong values on the GPU, right ones in the interpreter. Check each configuration on the device before timing it. |
 # | **$M g$ with $g = -\infty$** | NaN in every row, as $0 \cdot \infty$ is. Clamp first. |
-# | **No barrier between the sweeps** | Right in the interpreter, where a program is one thread; on a GPU wrong now and then. |
+# | **No barrier between the walks** | Right in the interpreter, where a program is one thread; on a GPU wrong now and then. |
 # | **32-bit offsets** | Right until an offset exceeds $2^{31}$. They are cheaper, so the launcher looks whether they suffice. |
 # | **bfloat16 in the interpreter** | Wrong products: it multiplies bit patterns. Test bfloat16 on a GPU. |
 # | **`TRITON_INTERPRET` set after Triton was imported** | "backend 'fused' needs CUDA tensors". Set it in the first cell, or in the shell. |
@@ -699,8 +727,9 @@ ch03.record(record, low, high)
 #
 # - A program asks who it is, computes addresses, loads a block under a mask, computes, stores.
 # - Sums of gates are a product with a 0/1 matrix, $E = e^{M g}$; scores stay in registers, the state too.
-# - Two sweeps in one program: the reverse scan leaves its share of o for each chunk, the forward scan adds its own.
-#   No program waits for another, so one launch is enough, forward and backward. Long sequences are cut into segments and need three.
+# - Two walks in one program: the reverse scan leaves its share of o for each chunk, the forward scan adds its own.
+#   No program waits for another, so one launch is enough; the backward pass takes two, a walk each. Long sequences are
+#   cut, into halves if they are many, and into segments if they are few, for which two small launches come first.
 # - The fast path puts the boundary into the middle of a chunk, and looks at what the chunks forget; where that is too
 #   much, the program computes again by halving. Every gate from 0 to −∞ is right.
 # - Count bytes and FLOPs before you measure. Here bytes set the floor, and the difference to it is what a measurement is

@@ -111,7 +111,7 @@ def counted(copy_gb_per_s: float, rows: dict[str, Row]) -> str:
     if "fused" not in rows:
         return ""
     B, H, T, K, V, which = (rows["fused"][name] for name in (*"BHTKV", "pass"))
-    return number(B * H * T * traffic.fused(K, V, T)[which] / copy_gb_per_s / 1e6)
+    return number(B * H * T * traffic.fused(K, V, T, B * H)[which] / copy_gb_per_s / 1e6)
 
 
 def memory(impl: str, rows: dict[str, Row]) -> str:

@@ -1,4 +1,4 @@
-"""Figures of chapter 3: blocks of programs, sweeps, exponents, the roofline, and the record of a GPU."""
+"""Figures of chapter 3: blocks of programs, walks, exponents, the roofline, and the record of a GPU."""
 
 import numpy as np
 from matplotlib.patches import Rectangle
@@ -27,8 +27,8 @@ def programs(T: int, C: int) -> Figure:
     return figure
 
 
-def sweeps(N: int = 4) -> Figure:
-    """Both sweeps of a program over N chunks, and what lies in memory between them."""
+def walks(N: int = 4) -> Figure:
+    """Both walks of a program over N chunks, and what lies in memory between them."""
     figure = new_figure(7.4, 4.2)
     ax = figure.subplots()
     rows = (

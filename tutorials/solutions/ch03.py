@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vig_ref.fused.blocks import LOG2E, ahead, dot, load, sequence, store, sums
+from vig_ref.fused.blocks import LOG2E, ahead, chunk, dot, load, sequence, store, sums
 
 
 def middle_matrix(C: int, reverse: bool):
@@ -21,20 +21,20 @@ def reverse_kernel(q, k, v, g, o, H, T, K, V, C: tl.constexpr, BK: tl.constexpr,
     i_b, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     q, k, g = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0), sequence(g, i_b, i_h, 0)
     v, o = sequence(v, i_b, i_h, 0), sequence(o, i_b, i_h, 0)
-    reads = tl.arange(0, C)[:, None] <= tl.arange(0, C)[None, :]  # 1. the other triangle
+    reads = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
     S = tl.zeros((BV, BK), tl.float32)
     N = tl.cdiv(T, C)
     for i in range(N):
-        n = N - 1 - i  # 2. from the last chunk to the first
-        b_q, b_k, b_v = load(q, n * C, T, K, C, BK), load(k, n * C, T, K, C, BK), load(v, n * C, T, V, C, BV)
-        b_g = load(g, n * C, T, K, C, BK) * LOG2E
-        b = sums(ahead(False, True, C), b_g, "ieee")  # 3. from the right edge to token i
+        at = chunk(N - 1 - i, -1, C)  # from the last chunk to the first, and each from its last token to its first
+        b_q, b_k, b_v = load(q, at, T, K, C, BK), load(k, at, T, K, C, BK), load(v, at, T, V, C, BV)
+        b_g = load(g, at, T, K, C, BK) * LOG2E
+        b = sums(ahead(True, True, C), b_g, "ieee")
         A = dot(b_q * tl.exp2(b), tl.trans(b_k * tl.exp2(-b)), tl.zeros((C, C), tl.float32), "ieee")
         b_o = dot(b_q * tl.exp2(b), tl.trans(S), tl.zeros((C, BV), tl.float32), "ieee")
         b_o = dot(tl.where(reads, A, 0.0), b_v, b_o, "ieee")
-        b_kE = b_k * tl.exp2(sums(ahead(True, False, C), b_g, "ieee"))  # 4. what fades after j, to the left edge
+        b_kE = b_k * tl.exp2(sums(ahead(False, False, C), b_g, "ieee"))
         S = dot(tl.trans(b_v), b_kE, tl.exp2(tl.sum(b_g, 0))[None, :] * S, "ieee")
-        store(o, b_o, n * C, T, V, C, BV)
+        store(o, b_o, at, T, V, C, BV)
 
 
 def reverse_in_chunks(q, k, v, g):

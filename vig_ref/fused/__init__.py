@@ -1,4 +1,4 @@
-"""Layer 3, the same function in Triton: one kernel for both directions forward, one backward, two more for long T.
+"""Layer 3, the same function in Triton: one kernel for both directions forward, one backward, three more for long T.
 
 Read `vig_ref/chunked/chunks.py`, the docstring of kernels.py, then blocks, halving, anchored, kernels, launch.
 """

@@ -27,8 +27,8 @@ import triton.language as tl
 from vig_ref.fused.blocks import (
     ROWS,
     ahead,
+    chunk,
     dot,
-    entering,
     exp2,
     keep,
     kept,
@@ -41,6 +41,7 @@ from vig_ref.fused.blocks import (
     store,
     store_share,
     sums,
+    tokens,
 )  # fmt: skip
 
 
@@ -57,23 +58,23 @@ def _middle(C: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _first_and_last_half(C: tl.constexpr, LEFT: tl.constexpr):
-    """`[ROWS, C]`: 1 for the half of the tokens that the scan meets first; in rows 8 to 15, for the other half."""
+def _first_and_last_half(C: tl.constexpr):
+    """`[ROWS, C]`: 1 for the half of the tokens that the walk meets first; in rows 8 to 15, for the other half."""
     row = tl.arange(0, ROWS)[:, None]
     t = tl.arange(0, C)[None, :]
-    return ((t < C // 2) != LEFT) != (row >= ROWS // 2)
+    return (t < C // 2) != (row >= ROWS // 2)
 
 
 @triton.jit
-def _advance(S, before, g, LEFT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
-    """A state from the previous chunk's middle to this one's. LEFT: the scan goes to the left.
+def _advance(S, before, g, BV: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
+    """A state from the previous chunk's middle to this one's.
 
     before `[ROWS / 2, BK]`, equal rows: the sum of the gates behind the previous middle, not yet in S.
     Returns S, the sum of all gates between the two middles, and the sum behind this one.
 
     One product sums both halves, in rows 0 to 7 and 8 to 15: see `ROWS`.
     """
-    halves = sums(_first_and_last_half(g.shape[0], LEFT), g, DOT)
+    halves = sums(_first_and_last_half(g.shape[0]), g, DOT)
     first, last = tl.split(tl.permute(tl.reshape(halves, (2, ROWS // 2, BK)), (1, 2, 0)))
     between = before + first
     return scale_columns(S, exp2(between, DOT), BV, BK), between, last
@@ -95,35 +96,36 @@ def _reads(C: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def forward_anchored(
-    q, k, v, g, o, share, p_S_enter, i_enter, scale, start, end, T, K, V,
-    REVERSE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    q, k, v, g, o, share, S, scale, first, count, step, T, K, V,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One direction of the chunks `start .. end` of one sequence, plus share. Returns the smallest exponents met."""
+    """One scan along a walk of `count` chunks from `first` on, plus share. S: the state that enters.
+
+    Returns the state that leaves, and the smallest exponents met.
+    """
     before = tl.zeros((ROWS // 2, BK), ACC)
     lowest = before  # of the sums of gates between two middles
-    S = entering(p_S_enter, i_enter, BV, BK, ACC)
-    for i in tl.range(end - start, num_stages=STAGES):
-        n = end - 1 - i if REVERSE else start + i
-        b_q = load(q, n * C, T, K, C, BK)
-        b_k = load(k, n * C, T, K, C, BK)
-        b_v = load(v, n * C, T, V, C, BV)
-        b_vT = load(v, n * C, T, V, C, BV, TRANSPOSED=True)  # one load in two layouts could not be fetched ahead
-        b_g = load_gate(g, n * C, T, K, C, BK, ACC)
-        S, between, before = _advance(S, before, b_g, REVERSE, BV, BK, DOT)
+    for i in tl.range(count, num_stages=STAGES):
+        at = chunk(first + i * step, step, C)
+        b_q = load(q, at, T, K, C, BK)
+        b_k = load(k, at, T, K, C, BK)
+        b_v = load(v, at, T, V, C, BV)
+        b_vT = load(v, at, T, V, C, BV, TRANSPOSED=True)  # one load in two layouts could not be fetched ahead
+        b_g = load_gate(g, at, T, K, C, BK, ACC)
+        S, between, before = _advance(S, before, b_g, BV, BK, DOT)
         lowest = least(lowest, between)
-        b = sums(_middle(C, REVERSE), b_g, DOT)
+        b = sums(_middle(C, False), b_g, DOT)
         b_qE = b_q.to(ACC) * (exp2(b, DOT) * scale)
         b_kE = b_k.to(ACC) * exp2(negative(b), DOT)
         A = dot(b_qE, tl.trans(b_kE), tl.zeros((C, C), ACC), DOT)
         # Both rounded here: they go to other threads before the next products, and together wait at one barrier.
         b_ST = operand(tl.trans(S), ACC, DOT)
-        A = operand(tl.where(_reads(C, REVERSE), A, 0.0), ACC, DOT)
-        b_o = dot(b_qE, b_ST, other_share(share, n * C, T, V, C, BV, ACC), DOT)
+        A = operand(tl.where(_reads(C, False), A, 0.0), ACC, DOT)
+        b_o = dot(b_qE, b_ST, other_share(share, at, T, V, C, BV, ACC), DOT)
         S = dot(b_vT, b_kE, S, DOT)
         b_o = dot(A, b_v, b_o, DOT)
-        store_share(o, b_o, n * C, T, V, C, BV)
-    return least(lowest, before)
+        store_share(o, b_o, at, T, V, C, BV)
+    return scale_columns(S, exp2(before, DOT), BV, BK), least(lowest, before)
 
 
 @triton.jit
@@ -164,88 +166,99 @@ def _gradients(
 
 
 @triton.jit
-def backward_anchored(
-    q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter, i_enter,
-    scale, start, end, T, K, V, SEGMENTS,
-    FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, STATES_STAGES: tl.constexpr,
+def states_anchored(
+    q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
+    scale, start, first, count, step, T, K, V,
+    HAS_OWN: tl.constexpr, HAS_OPP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of the chunks `start .. end` of one sequence. Returns the smallest exponents met."""
-    none = tl.zeros((ROWS // 2, BK), ACC)  # a sum of no gates
-    S_rev = entering(p_S_enter, i_enter + SEGMENTS, BV, BK, ACC)
-    dS_fwd = entering(p_dS_enter, i_enter, BV, BK, ACC)
-    S_before = none
-    dS_before = none
-    for i in tl.range(end - start, num_stages=STATES_STAGES):
-        n = end - 1 - i
-        if REV:
-            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC)
-            S_rev, _, S_before = _advance(S_rev, S_before, b_g, True, BV, BK, DOT)
-            b_kE = load(k, n * C, T, K, C, BK).to(ACC) * exp2(negative(sums(_middle(C, True), b_g, DOT)), DOT)
+    """Keep S of the own scan, which goes along the walk, and dS of the opposite one, at each of its chunks.
+
+    Returns what leaves of both, and the smallest exponents met.
+    """
+    S_before = tl.zeros((ROWS // 2, BK), ACC)
+    dS_before = S_before
+    lowest = S_before
+    for i in tl.range(count, num_stages=STAGES):
+        n = first + i * step
+        at = chunk(n, step, C)
+        if HAS_OWN:
+            b_g = load_gate(g_own, at, T, K, C, BK, ACC)
+            S, between, S_before = _advance(S, S_before, b_g, BV, BK, DOT)
+            lowest = least(lowest, between)
+            b_kE = load(k, at, T, K, C, BK).to(ACC) * exp2(negative(sums(_middle(C, False), b_g, DOT)), DOT)
             b_kE = operand(b_kE, ACC, DOT)
-        if FWD:
-            b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC)
-            dS_fwd, _, dS_before = _advance(dS_fwd, dS_before, b_g, True, BV, BK, DOT)
-            b_qE = load(q, n * C, T, K, C, BK).to(ACC) * (exp2(sums(_middle(C, False), b_g, DOT), DOT) * scale)
+        if HAS_OPP:
+            b_g = load_gate(g_opp, at, T, K, C, BK, ACC)
+            dS, between, dS_before = _advance(dS, dS_before, b_g, BV, BK, DOT)
+            lowest = least(lowest, between)
+            b_qE = load(q, at, T, K, C, BK).to(ACC) * (exp2(sums(_middle(C, True), b_g, DOT), DOT) * scale)
             b_qE = operand(b_qE, ACC, DOT)
-        if REV:
-            keep(S_rev, p_S_rev, n - start, dg_rev, dv, None, n * C, T, C, BV, BK)
-            S_rev = dot(load(v, n * C, T, V, C, BV, TRANSPOSED=True), b_kE, S_rev, DOT)
-        if FWD:
-            keep(dS_fwd, p_dS_fwd, n - start, dg_fwd, dq, dk, n * C, T, C, BV, BK)
-            dS_fwd = dot(load(do, n * C, T, V, C, BV, TRANSPOSED=True), b_qE, dS_fwd, DOT)
-    tl.debug_barrier()  # what some threads of the program wrote, others read below
-    S_fwd = entering(p_S_enter, i_enter, BV, BK, ACC)
-    dS_rev = entering(p_dS_enter, i_enter + SEGMENTS, BV, BK, ACC)
-    S_before = none
-    dS_before = none
-    lowest = none  # in this sweep: the other one has met sums of the same gates
-    token = tl.arange(0, C)[:, None]
-    for i in tl.range(end - start, num_stages=STAGES):
-        n = start + i  # as wide as start: i alone has 32 bits in the interpreter
-        b_q = load(q, n * C, T, K, C, BK)
-        b_k = load(k, n * C, T, K, C, BK)
-        b_v = load(v, n * C, T, V, C, BV)
-        b_do = load(do, n * C, T, V, C, BV)
+        if HAS_OWN:
+            keep(S, p_S, n - start, dg_own, dv, None, n * C, T, C, BV, BK)
+            S = dot(load(v, at, T, V, C, BV, TRANSPOSED=True), b_kE, S, DOT)
+        if HAS_OPP:
+            keep(dS, p_dS, n - start, dg_opp, dq, dk, n * C, T, C, BV, BK)
+            dS = dot(load(do, at, T, V, C, BV, TRANSPOSED=True), b_qE, dS, DOT)
+    S = scale_columns(S, exp2(S_before, DOT), BV, BK)
+    dS = scale_columns(dS, exp2(dS_before, DOT), BV, BK)
+    return S, dS, least(lowest, least(S_before, dS_before))
+
+
+@triton.jit
+def gradients_anchored(
+    q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
+    scale, start, first, count, step, T, K, V,
+    HAS_OWN: tl.constexpr, HAS_OPP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """All gradients of a walk's chunks. S of its scan and dS of the opposite one are carried, the others were kept."""
+    S_before = tl.zeros((ROWS // 2, BK), ACC)
+    dS_before = S_before
+    for i in tl.range(count, num_stages=STAGES):
+        n = first + i * step
+        at = chunk(n, step, C)
+        token = tokens(at, C)[:, None]
+        b_q = load(q, at, T, K, C, BK)
+        b_k = load(k, at, T, K, C, BK)
+        b_v = load(v, at, T, V, C, BV)
+        b_do = load(do, at, T, V, C, BV)
         # Twice, as in forward_anchored, to be fetched ahead; products of 64 rows on a Hopper GPU read either layout
-        b_vT = load(v, n * C, T, V, C, BV, TRANSPOSED=True) if BV < 64 else tl.trans(b_v)
-        b_doT = load(do, n * C, T, V, C, BV, TRANSPOSED=True) if BV < 64 else tl.trans(b_do)
+        b_vT = load(v, at, T, V, C, BV, TRANSPOSED=True) if BV < 64 else tl.trans(b_v)
+        b_doT = load(do, at, T, V, C, BV, TRANSPOSED=True) if BV < 64 else tl.trans(b_do)
         dA = dot(b_do, b_vT, tl.zeros((C, C), ACC), DOT)
         b_dq = tl.zeros((C, BK), ACC)
         b_dk = tl.zeros((C, BK), ACC)
         b_dv = tl.zeros((C, BV), ACC)
         A = tl.zeros((C, C), ACC)
-        if REV:
-            b_g = load_gate(g_rev, n * C, T, K, C, BK, ACC)
-            b_S = kept(p_S_rev, n - start, dg_rev, dv, None, n * C, T, C, BV, BK)
-            dS_rev, between, dS_before = _advance(dS_rev, dS_before, b_g, False, BV, BK, DOT)
-            lowest = least(lowest, between)
+        if HAS_OPP:
+            b_g = load_gate(g_opp, at, T, K, C, BK, ACC)
+            b_S = kept(p_S, n - start, dg_opp, dv, None, n * C, T, C, BV, BK)
+            dS, _, dS_before = _advance(dS, dS_before, b_g, BV, BK, DOT)
             part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
-                b_q, b_k, b_v, b_do, b_dv, dA, b_g, b_S, dS_rev.to(b_S.dtype), b_S.to(ACC) * dS_rev, scale,
+                b_q, b_k, b_v, b_do, b_dv, dA, b_g, b_S, dS.to(b_S.dtype), b_S.to(ACC) * dS, scale,
                 True, C, ACC, DOT,
             )  # fmt: skip
-            dS_rev = dot(b_doT, b_qE, dS_rev, DOT)
+            dS = dot(b_doT, b_qE, dS, DOT)
             b_dq += part_dq
             b_dk += part_dk
             A += part_A
-            store(dg_rev, tl.where(n * C + token == T - 1, 0.0, b_dg), n * C, T, K, C, BK)  # 0: the scan's first
-        if FWD:
-            b_g = load_gate(g_fwd, n * C, T, K, C, BK, ACC)
-            b_dS = kept(p_dS_fwd, n - start, dg_fwd, dq, dk, n * C, T, C, BV, BK)
-            S_fwd, between, S_before = _advance(S_fwd, S_before, b_g, False, BV, BK, DOT)
-            lowest = least(lowest, between)
+            store(dg_opp, tl.where(token == (T - 1 if step > 0 else 0), 0.0, b_dg), at, T, K, C, BK)  # the scan's first
+        if HAS_OWN:
+            b_g = load_gate(g_own, at, T, K, C, BK, ACC)
+            b_dS = kept(p_dS, n - start, dg_own, dq, dk, n * C, T, C, BV, BK)
+            S, _, S_before = _advance(S, S_before, b_g, BV, BK, DOT)
             part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
-                b_q, b_k, b_v, b_do, b_dv, dA, b_g, S_fwd.to(b_dS.dtype), b_dS, S_fwd * b_dS.to(ACC), scale,
+                b_q, b_k, b_v, b_do, b_dv, dA, b_g, S.to(b_dS.dtype), b_dS, S * b_dS.to(ACC), scale,
                 False, C, ACC, DOT,
             )  # fmt: skip
-            S_fwd = dot(b_vT, b_k.to(ACC) * exp2(negative(sums(_middle(C, False), b_g, DOT)), DOT), S_fwd, DOT)
+            S = dot(b_vT, b_k.to(ACC) * exp2(negative(sums(_middle(C, False), b_g, DOT)), DOT), S, DOT)
             b_dq += part_dq
             b_dk += part_dk
             A += part_A
-            store(dg_fwd, tl.where(n * C + token == 0, 0.0, b_dg), n * C, T, K, C, BK)
+            store(dg_own, tl.where(token == (0 if step > 0 else T - 1), 0.0, b_dg), at, T, K, C, BK)
         b_AT = operand(tl.trans(A), ACC, DOT)
-        store(dq, b_dq, n * C, T, K, C, BK)
-        store(dk, b_dk, n * C, T, K, C, BK)
+        store(dq, b_dq, at, T, K, C, BK)
+        store(dk, b_dk, at, T, K, C, BK)
         b_dv = dot(b_AT, b_do, b_dv, DOT)
-        store(dv, b_dv, n * C, T, V, C, BV)
-    return least(lowest, least(S_before, dS_before))
+        store(dv, b_dv, at, T, V, C, BV)

@@ -4,9 +4,12 @@ A tensor arrives as a tuple (pointer, stride_b, stride_h, stride_t, stride_d) an
 stride_t, stride_d), once the batch and the head are known. A state is held transposed, `[BV, BK]`: the decay then
 scales columns, and the tensor cores' result is laid out as their next operand needs it.
 
+A walk visits chunks in one order and each chunk's tokens in the same: step is 1 where it goes to the right, as the
+forward scan does, or -1. A chunk is read in the order of the walk, `at` = (its first token on the way, step), so that
+in a block left always means met before: the reverse scan is the forward scan of what is read from the other end.
+
 Prefixes: `p_` pointer, `i_` index, `b_` block of one chunk (b alone is the cumulative log gate). qE is q * E, dqE the
-gradient by that product; a last T means transposed. ACC: dtype of sums. LEFT, REVERSE: whether the scan
-goes to the left.
+gradient by that product; a last T means transposed. ACC: dtype of sums. REVERSE: whether a scan goes against the walk.
 """
 
 import triton
@@ -29,19 +32,31 @@ def sequence(x, i_b, i_h, i_d):
 
 
 @triton.jit
-def tile(x, i_t, T, D, C: tl.constexpr, BD: tl.constexpr):
-    """Addresses `[C, BD]` of the tokens from i_t on, and the mask of those that exist. Offsets are as wide as i_t."""
+def chunk(n, step, C: tl.constexpr):
+    """`at` of the n-th chunk from the left."""
+    return n * C + (C - 1) * (1 - step) // 2, step
+
+
+@triton.jit
+def tokens(at, C: tl.constexpr):
+    """The tokens `[C]` of a chunk in the order of the walk. As wide as its first one."""
+    return at[0] + tl.arange(0, C) * at[1]
+
+
+@triton.jit
+def tile(x, at, T, D, C: tl.constexpr, BD: tl.constexpr):
+    """Addresses `[C, BD]` of a chunk, and the mask of what exists. Offsets are as wide as its first token."""
     pointer, stride_t, stride_d = x
-    rows = i_t + tl.arange(0, C)
+    rows = tokens(at, C)
     cols = tl.arange(0, BD)
     offsets = rows[:, None] * stride_t + cols.to(rows.dtype)[None, :] * stride_d
     return pointer + offsets, (rows < T)[:, None] & (cols < D)[None, :]
 
 
 @triton.jit
-def load(x, i_t, T, D, C: tl.constexpr, BD: tl.constexpr, TRANSPOSED: tl.constexpr = False):
-    """Tokens i_t .. i_t + C in the dtype they have, zeros behind the end: `[C, BD]`, or `[BD, C]`."""
-    pointers, mask = tile(x, i_t, T, D, C, BD)
+def load(x, at, T, D, C: tl.constexpr, BD: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """A chunk in the dtype it has, zeros behind the end: `[C, BD]`, or `[BD, C]`."""
+    pointers, mask = tile(x, at, T, D, C, BD)
     if TRANSPOSED:
         return tl.load(tl.trans(pointers), mask=tl.trans(mask), other=0.0)
     else:
@@ -49,36 +64,37 @@ def load(x, i_t, T, D, C: tl.constexpr, BD: tl.constexpr, TRANSPOSED: tl.constex
 
 
 @triton.jit
-def load_gate(g, i_t, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
+def load_gate(g, at, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
     """Log gates in base 2, for exp2; 0 (keep all) behind the end. Gradients are by the natural ones: no ln 2 there."""
-    return load(g, i_t, T, K, C, BK).to(ACC) * LOG2E
+    return load(g, at, T, K, C, BK).to(ACC) * LOG2E
 
 
 @triton.jit
-def load_any_gate(g, i_t, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, LIMIT: tl.constexpr):
+def load_any_gate(g, at, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, LIMIT: tl.constexpr):
     """The same for gates that may be -inf. Clamped, as 0 * inf is NaN in a matrix product; 2^-LIMIT rounds to 0."""
-    return tl.maximum(load_gate(g, i_t, T, K, C, BK, ACC), -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(load_gate(g, at, T, K, C, BK, ACC), -LIMIT, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def store(x, value, i_t, T, D, C: tl.constexpr, BD: tl.constexpr):
-    pointers, mask = tile(x, i_t, T, D, C, BD)
+def store(x, value, at, T, D, C: tl.constexpr, BD: tl.constexpr):
+    pointers, mask = tile(x, at, T, D, C, BD)
     tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def scratch(p, i, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Addresses of the i-th block `[ROWS, COLS]` in scratch memory: a state."""
-    return p + i * ROWS * COLS + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    return p + i.to(tl.int64) * ROWS * COLS + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
 
 
 @triton.jit
 def _in_gradients(g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
     """Addresses `[BV, BK]` of a bfloat16 state in the memory of gradients that are written later, and a mask.
 
-    g is dg (float32), with room for two rows of a state a token; x_0 is dv, with two, or x_0, x_1 are dq, dk, with one
-    each, and equal strides. So with C = 16, BV = 64: rows 0 to 31 in dg, 32 to 63 in dv, or 32 to 47 in dq, 48 to 63
-    in dk. Features are contiguous. Only the last chunk lacks tokens, where states from the right are 0.
+    i_t is the chunk's leftmost token. g is dg (float32), with room for two rows of a state a token; x_0 is dv, with
+    two, or x_0, x_1 are dq, dk, with one each, and equal strides. So with C = 16, BV = 64: rows 0 to 31 in dg, 32 to
+    63 in dv, or 32 to 47 in dq, 48 to 63 in dk. Features are contiguous. Only the last chunk lacks tokens, where
+    states from the right are 0.
     """
     row = tl.arange(0, BV)[:, None]
     col = tl.arange(0, BK)[None, :]
@@ -96,7 +112,7 @@ def _in_gradients(g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl
 
 @triton.jit
 def keep(S, p_states, i, g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
-    """Keep the i-th chunk's state for the second sweep: in scratch memory, or else where its gradients will be."""
+    """Keep the i-th chunk's state for the second walk: in scratch memory, or else where its gradients will be."""
     if p_states is None:
         p, there = _in_gradients(g, x_0, x_1, i_t, T, C, BV, BK)
         tl.store(p, S.to(p.dtype.element_ty), mask=there)
@@ -117,7 +133,7 @@ def kept(p_states, i, g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK
 
 @triton.jit
 def entering(p_enter, i, BV: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
-    """The i-th state that enters a segment; zeros where there is only one segment."""
+    """The i-th state that enters; zeros where a scan begins."""
     if p_enter is None:
         return tl.zeros((BV, BK), ACC)
     else:
@@ -125,22 +141,22 @@ def entering(p_enter, i, BV: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def other_share(share, i_t, T, V, C: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr):
+def other_share(share, at, T, V, C: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr):
     """What the other direction adds to o, if it has left anything."""
     if share is None:
         return tl.zeros((C, BV), ACC)
     else:
-        return load(share, i_t, T, V, C, BV).to(ACC)
+        return load(share, at, T, V, C, BV).to(ACC)
 
 
 @triton.jit
-def store_share(o, b_o, i_t, T, V, C: tl.constexpr, BV: tl.constexpr):
-    """The result, or what the reverse scan leaves to the forward one.
+def store_share(o, b_o, at, T, V, C: tl.constexpr, BV: tl.constexpr):
+    """The result, or the share that the scan which comes first leaves to the other.
 
     Stored as `[2, C / 2, BV]`: so Triton exchanges results between threads in one round rather than two.
     """
     pointer, stride_t, stride_d = o
-    row = i_t + tl.arange(0, 2)[:, None, None] * (C // 2) + tl.arange(0, C // 2)[None, :, None]
+    row = at[0] + (tl.arange(0, 2)[:, None, None] * (C // 2) + tl.arange(0, C // 2)[None, :, None]) * at[1]
     col = tl.arange(0, BV)[None, None, :]
     p = pointer + (row * stride_t + col.to(row.dtype) * stride_d)
     b_o = tl.reshape(b_o, (2, C // 2, BV)).to(p.dtype.element_ty)
@@ -229,11 +245,11 @@ def total(g, DOT: tl.constexpr):
 
 
 @triton.jit
-def carry(S, g, x, y, LEFT: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr):
-    """A state across a whole chunk, to its left or right edge: exp(total) * S + y^T (x * decay to that edge).
+def carry(S, g, x, y, OWN: tl.constexpr, DOT: tl.constexpr):
+    """A state across a whole chunk, to the edge where the walk leaves it: exp(total) * S + y^T (x * decay to there).
 
     For a state x is k, whose own gate does not count; for the gradient of a state x is q, whose own gate does.
     """
-    xE = x.to(S.dtype) * exp2(sums(ahead(LEFT, OWN, g.shape[0]), g, DOT), DOT)
+    xE = x.to(S.dtype) * exp2(sums(ahead(False, OWN, g.shape[0]), g, DOT), DOT)
     decayed = scale_columns(S, exp2(total(g, DOT), DOT), S.shape[0], S.shape[1])
     return dot(tl.trans(y), xE, decayed, DOT)

@@ -16,8 +16,8 @@ import triton.language as tl
 from vig_ref.fused.blocks import (
     ahead,
     carry,
+    chunk,
     dot,
-    entering,
     exp2,
     keep,
     kept,
@@ -31,7 +31,7 @@ from vig_ref.fused.blocks import (
 
 
 @triton.jit
-def _halves(half, C: tl.constexpr, REVERSE: tl.constexpr):
+def _middles(half, C: tl.constexpr, REVERSE: tl.constexpr):
     """Cut tokens into blocks of 2 * half; the half that the scan meets later reads the earlier one across the middle.
 
     Returns M `[C, C]` (the gates between token i and its block's middle), late `[C, 1]`, same `[C, C]` (same block).
@@ -51,15 +51,13 @@ def _halves(half, C: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _scores(
-    q, k, g, REVERSE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr
-):  # fmt: skip
+def _scores(q, k, g, C: tl.constexpr, LEVELS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr):
     """A[i, j] = q_i . (k_j * decay from j to i) for the pairs j met before i, 0 for all others.  `[C, C]`"""
     A = tl.zeros((C, C), ACC)
     zero = tl.zeros((C, C), ACC)
     half = 1
     for _ in range(LEVELS):
-        M, late, same = _halves(half, C, REVERSE)
+        M, late, same = _middles(half, C, False)
         E = exp2(sums(M, g, DOT), DOT)
         A += tl.where(same, dot(tl.where(late, q * E, 0.0), tl.trans(tl.where(late, 0.0, k * E)), zero, DOT), 0.0)
         half *= 2
@@ -84,7 +82,7 @@ def _gradients(
     dg = zero_k + (tl.exp2(tl.sum(g, 0)) * tl.sum(S * dS, 0))[None, :]  # S_out = exp(total) * S + ...
     half = 1
     for _ in range(LEVELS):  # A = (q E) (k E)^T across every middle
-        M, late, same = _halves(half, C, REVERSE)
+        M, late, same = _middles(half, C, REVERSE)
         E = exp2(sums(M, g, DOT), DOT)
         qE = tl.where(late, q * E, 0.0)
         kE = tl.where(late, 0.0, k * E)
@@ -112,89 +110,97 @@ def _gradients(
 
 @triton.jit
 def forward_halving(
-    q, k, v, g, o, share, p_S_enter, i_enter, scale, start, end, T, K, V,
-    REVERSE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    q, k, v, g, o, share, S, scale, first, count, step, T, K, V,
+    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """One direction of the chunks `start .. end` of one sequence, plus share."""
-    S = entering(p_S_enter, i_enter, BV, BK, ACC)
-    for i in range(end - start):
-        n = end - 1 - i if REVERSE else start + i
-        b_q = load(q, n * C, T, K, C, BK).to(ACC) * scale
-        b_k = load(k, n * C, T, K, C, BK).to(ACC)
-        b_v = load(v, n * C, T, V, C, BV).to(ACC)
-        b_g = load_any_gate(g, n * C, T, K, C, BK, ACC, LIMIT)
-        b_o = other_share(share, n * C, T, V, C, BV, ACC)
+    """One scan along a walk of `count` chunks from `first` on, plus share. Returns the state that leaves."""
+    for i in range(count):
+        at = chunk(first + i * step, step, C)
+        b_q = load(q, at, T, K, C, BK).to(ACC) * scale
+        b_k = load(k, at, T, K, C, BK).to(ACC)
+        b_v = load(v, at, T, V, C, BV).to(ACC)
+        b_g = load_any_gate(g, at, T, K, C, BK, ACC, LIMIT)
+        b_o = other_share(share, at, T, V, C, BV, ACC)
         b_o += tl.sum(b_q * b_k, 1)[:, None] * b_v  # token i reads itself
-        b_qE = b_q * exp2(sums(ahead(not REVERSE, True, C), b_g, DOT), DOT)  # step 4 of chunks.py
+        b_qE = b_q * exp2(sums(ahead(True, True, C), b_g, DOT), DOT)  # step 4 of chunks.py
         b_o = dot(b_qE, tl.trans(S), b_o, DOT)
-        b_o = dot(_scores(b_q, b_k, b_g, REVERSE, C, LEVELS, ACC, DOT), b_v, b_o, DOT)  # step 1
-        S = carry(S, b_g, b_k, b_v, REVERSE, False, DOT)  # steps 2 and 3
-        store_share(o, b_o, n * C, T, V, C, BV)
+        b_o = dot(_scores(b_q, b_k, b_g, C, LEVELS, ACC, DOT), b_v, b_o, DOT)  # step 1
+        S = carry(S, b_g, b_k, b_v, False, DOT)  # steps 2 and 3
+        store_share(o, b_o, at, T, V, C, BV)
+    return S
 
 
 @triton.jit
-def backward_halving(
-    q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter, i_enter,
-    scale, start, end, T, K, V, SEGMENTS,
-    FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+def states_halving(
+    q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
+    scale, start, first, count, step, T, K, V,
+    HAS_OWN: tl.constexpr, HAS_OPP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of the chunks `start .. end` of one sequence."""
-    S_rev = entering(p_S_enter, i_enter + SEGMENTS, BV, BK, ACC)
-    dS_fwd = entering(p_dS_enter, i_enter, BV, BK, ACC)
-    for i in range(end - start):
-        n = end - 1 - i
-        if REV:
-            keep(S_rev, p_S_rev, n - start, dg_rev, dv, None, n * C, T, C, BV, BK)
-            b_k = load(k, n * C, T, K, C, BK)
-            b_v = load(v, n * C, T, V, C, BV)
-            b_g = load_any_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
-            S_rev = carry(S_rev, b_g, b_k, b_v, True, False, DOT)
-        if FWD:
-            keep(dS_fwd, p_dS_fwd, n - start, dg_fwd, dq, dk, n * C, T, C, BV, BK)
-            b_q = load(q, n * C, T, K, C, BK).to(ACC) * scale
-            b_do = load(do, n * C, T, V, C, BV)
-            b_g = load_any_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
-            dS_fwd = carry(dS_fwd, b_g, b_q, b_do, True, True, DOT)
-    tl.debug_barrier()  # what some threads of the program wrote, others read below
-    S_fwd = entering(p_S_enter, i_enter, BV, BK, ACC)
-    dS_rev = entering(p_dS_enter, i_enter + SEGMENTS, BV, BK, ACC)
-    for i in range(end - start):
-        n = start + i  # as wide as start: i alone has 32 bits in the interpreter
-        b_q = load(q, n * C, T, K, C, BK).to(ACC) * scale
-        b_k = load(k, n * C, T, K, C, BK).to(ACC)
-        b_v = load(v, n * C, T, V, C, BV).to(ACC)
-        b_do = load(do, n * C, T, V, C, BV).to(ACC)
-        self_dA = (FWD + REV) * tl.sum(b_do * b_v, 1)[:, None]  # token i reads itself, once in each direction
+    """As `states_anchored`; the states kept are those that enter a chunk. Returns what leaves of both."""
+    for i in range(count):
+        n = first + i * step
+        at = chunk(n, step, C)
+        if HAS_OWN:
+            keep(S, p_S, n - start, dg_own, dv, None, n * C, T, C, BV, BK)
+            b_k = load(k, at, T, K, C, BK)
+            b_v = load(v, at, T, V, C, BV)
+            b_g = load_any_gate(g_own, at, T, K, C, BK, ACC, LIMIT)
+            S = carry(S, b_g, b_k, b_v, False, DOT)
+        if HAS_OPP:
+            keep(dS, p_dS, n - start, dg_opp, dq, dk, n * C, T, C, BV, BK)
+            b_q = load(q, at, T, K, C, BK).to(ACC) * scale
+            b_do = load(do, at, T, V, C, BV)
+            b_g = load_any_gate(g_opp, at, T, K, C, BK, ACC, LIMIT)
+            dS = carry(dS, b_g, b_q, b_do, True, DOT)
+    return S, dS
+
+
+@triton.jit
+def gradients_halving(
+    q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
+    scale, start, first, count, step, T, K, V,
+    HAS_OWN: tl.constexpr, HAS_OPP: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """As `gradients_anchored`."""
+    for i in range(count):
+        n = first + i * step
+        at = chunk(n, step, C)
+        b_q = load(q, at, T, K, C, BK).to(ACC) * scale
+        b_k = load(k, at, T, K, C, BK).to(ACC)
+        b_v = load(v, at, T, V, C, BV).to(ACC)
+        b_do = load(do, at, T, V, C, BV).to(ACC)
+        self_dA = (HAS_OWN + HAS_OPP) * tl.sum(b_do * b_v, 1)[:, None]  # token i reads itself, once in each direction
         b_dq = self_dA * b_k
         b_dk = self_dA * b_q
-        b_dv = (FWD + REV) * tl.sum(b_q * b_k, 1)[:, None] * b_do
+        b_dv = (HAS_OWN + HAS_OPP) * tl.sum(b_q * b_k, 1)[:, None] * b_do
         A = tl.zeros((C, C), ACC)
         dA = dot(b_do, tl.trans(b_v), A, DOT)
-        if REV:
-            b_g = load_any_gate(g_rev, n * C, T, K, C, BK, ACC, LIMIT)
-            b_S = kept(p_S_rev, n - start, dg_rev, dv, None, n * C, T, C, BV, BK).to(ACC)
-            part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, b_S, dS_rev, True, C, LEVELS, ACC, DOT)
+        if HAS_OPP:
+            b_g = load_any_gate(g_opp, at, T, K, C, BK, ACC, LIMIT)
+            b_S = kept(p_S, n - start, dg_opp, dv, None, n * C, T, C, BV, BK).to(ACC)
+            part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, b_S, dS, True, C, LEVELS, ACC, DOT)
             part_dq, part_dk, b_dg, part_A, part_dv = part
             b_dq += part_dq
             b_dk += part_dk
             b_dv += part_dv
             A += part_A
-            store(dg_rev, b_dg, n * C, T, K, C, BK)
-            dS_rev = carry(dS_rev, b_g, b_q, b_do, False, True, DOT)
-        if FWD:
-            b_g = load_any_gate(g_fwd, n * C, T, K, C, BK, ACC, LIMIT)
-            b_dS = kept(p_dS_fwd, n - start, dg_fwd, dq, dk, n * C, T, C, BV, BK).to(ACC)
-            part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, S_fwd, b_dS, False, C, LEVELS, ACC, DOT)
+            store(dg_opp, b_dg, at, T, K, C, BK)
+            dS = carry(dS, b_g, b_q, b_do, True, DOT)
+        if HAS_OWN:
+            b_g = load_any_gate(g_own, at, T, K, C, BK, ACC, LIMIT)
+            b_dS = kept(p_dS, n - start, dg_own, dq, dk, n * C, T, C, BV, BK).to(ACC)
+            part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, S, b_dS, False, C, LEVELS, ACC, DOT)
             part_dq, part_dk, b_dg, part_A, part_dv = part
             b_dq += part_dq
             b_dk += part_dk
             b_dv += part_dv
             A += part_A
-            store(dg_fwd, b_dg, n * C, T, K, C, BK)
-            S_fwd = carry(S_fwd, b_g, b_k, b_v, False, False, DOT)
+            store(dg_own, b_dg, at, T, K, C, BK)
+            S = carry(S, b_g, b_k, b_v, False, DOT)
         b_dv = dot(tl.trans(A), b_do, b_dv, DOT)
-        store(dq, b_dq * scale, n * C, T, K, C, BK)
-        store(dk, b_dk, n * C, T, K, C, BK)
-        store(dv, b_dv, n * C, T, V, C, BV)
+        store(dq, b_dq * scale, at, T, K, C, BK)
+        store(dk, b_dk, at, T, K, C, BK)
+        store(dv, b_dv, at, T, V, C, BV)

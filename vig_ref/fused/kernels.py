@@ -1,34 +1,55 @@
 """The kernels: a program takes one (batch, head), or a segment of a long one, and walks its chunks.
 
-Forward, one direction after the other: two states and all that belongs to them would not fit in registers.
+A walk to the right meets tokens in the order of the forward scan; the reverse scan is the forward scan of what a walk
+to the left meets. Forward, one scan after the other: two states and what belongs to them would not fit in registers.
 
-    right to left     carries S_rev; leaves its share of o, as a rule where o will be
-    left to right     carries S_fwd; adds the other share, and writes o
+    to the left       carries S_rev; leaves its share of o, as a rule where o will be
+    to the right      carries S_fwd; adds the other share, and writes o
 
 Backward, the gradients of a chunk need S from one side and dS from the other, so that states are written out:
 
-    right to left     carries S_rev and dS_fwd; writes both for every chunk: where its gradients will be, if they fit
-    left to right     carries S_fwd and dS_rev; reads those; writes all gradients
+    to the left       carries S_rev and dS_fwd; writes both for every chunk: where its gradients will be, if they fit
+    to the right      carries S_fwd and dS_rev; reads those; writes all gradients
+
+The scan that goes along a walk is its own; the gradient of the opposite scan's state goes the same way. Each of the two
+walks is a launch: the first needs few registers, so that more programs share a multiprocessor.
 
 The arithmetic of a chunk has two forms. `anchored.py` is fast, and exact for gates that do not forget too much within
 half a chunk; `halving.py` is exact for all. A program takes the first and looks at the smallest exponents that it met;
-if one is below BOUND, or NaN, it takes the second and writes all its results again.
+if one is below BOUND, or NaN, it takes the second and writes all its results again. Backward, the first walk meets all
+exponents that the second will, and decides for it.
 
 A program holds the states `[BV, BK]` in registers; a V above BV is cut into blocks, which are independent: o, dv and
 rows of the states belong to one block each, while dq, dk and dg are sums over the blocks, left to the caller to add.
 
-A sequence longer than `launch.SEGMENT` is cut, so that few long ones fill a GPU too. Two small kernels come first then:
-`segment_kernel` finds what each segment but the last adds to a state, `combine_kernel` the states that enter each
-segment. The main kernels take the segments in reverse: what was read last may still be in the L2 cache.
+A sequence longer than `launch.SEGMENT` is cut. If there are enough of them to fill a GPU, into two halves, and two
+programs walk towards each other: `half_kernel`, and `backward_kernel` with HALVES. A launch ends where they meet; the
+next takes up their states, and each does in the other's half what that has left to do: a token is read once by each.
+Otherwise into as many segments as it takes, and two small kernels come first: `segment_kernel` finds what each segment
+but the last adds to a state, `combine_kernel` the states that enter each segment. The main kernels take the segments
+in reverse: what was read last may still be in the L2 cache.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from vig_ref.fused.anchored import backward_anchored, forward_anchored, least
-from vig_ref.fused.blocks import ROWS, ahead, dot, exp2, load, load_any_gate, scratch, sequence, sums, total
-from vig_ref.fused.halving import backward_halving, forward_halving
+from vig_ref.fused.anchored import forward_anchored, gradients_anchored, least, states_anchored
+from vig_ref.fused.blocks import (
+    ROWS,
+    ahead,
+    chunk,
+    dot,
+    entering,
+    exp2,
+    load,
+    load_any_gate,
+    scratch,
+    sequence,
+    sums,
+    total,
+)  # fmt: skip
+from vig_ref.fused.halving import forward_halving, gradients_halving, states_halving
 
 #: Arguments whose values Triton need not know: otherwise it compiles anew where one is 1, or a multiple of 16.
 SIZES = ["H", "T", "SEGMENT", "SEGMENTS"]
@@ -47,6 +68,39 @@ def _exact(lowest, BOUND: tl.constexpr):
     return tl.min((lowest >= BOUND).to(tl.int32)) == 1
 
 
+@triton.jit
+def _program(H, INDEX: tl.constexpr):
+    """Of a program: its batch, head, block of V, segment (of halves: its own direction), and the first three as one."""
+    i_bh, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i_s = (tl.num_programs(2) - 1 - tl.program_id(2)).to(INDEX)
+    return i_bh // H, i_bh % H, i_v, i_s, i_bh * tl.num_programs(1) + i_v
+
+
+@triton.jit
+def _chunks(i_s, T, SEGMENT, C: tl.constexpr):
+    """A segment's leftmost chunk, and how many there are."""
+    start = i_s * (SEGMENT // C)
+    return start, tl.minimum(SEGMENT // C, tl.cdiv(T, C) - start)
+
+
+@triton.jit
+def _first(start, count, step):
+    """The chunk of a segment that a walk meets first."""
+    return start if step > 0 else start + count - 1
+
+
+@triton.jit
+def _own(fwd, rev, step, DENSE: tl.constexpr):
+    """The sequences of the own and of the opposite scan. DENSE: features of both are contiguous."""
+    right = step > 0
+    own, opp = tl.where(right, fwd[0], rev[0]), tl.where(right, rev[0], fwd[0])
+    own_t, opp_t = tl.where(right, fwd[1], rev[1]), tl.where(right, rev[1], fwd[1])
+    if DENSE:
+        return (own, own_t, 1), (opp, opp_t, 1)
+    else:
+        return (own, own_t, tl.where(right, fwd[2], rev[2])), (opp, opp_t, tl.where(right, rev[2], fwd[2]))
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, g_fwd, g_rev, o, share, p_S_enter, scale, H, T, K, V, SEGMENT,
@@ -61,63 +115,117 @@ def forward_kernel(
     SEGMENT: tokens of a segment of this call. INDEX: the integers of tokens, and of all offsets inside a sequence.
     """
     _wait(DEPENDENT)
-    SEGMENTS = tl.num_programs(2)
-    i_bh, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    i_s = (SEGMENTS - 1 - tl.program_id(2)).to(INDEX)
-    i_b, i_h = i_bh // H, i_bh % H
-    i_block = i_bh * tl.num_programs(1) + i_v
+    i_b, i_h, i_v, i_s, i_block = _program(H, INDEX)
     q, k = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0)
     v, o = sequence(v, i_b, i_h, i_v * BV), sequence(o, i_b, i_h, i_v * BV)
     share = sequence(share, i_b, i_h, i_v * BV)
     V -= i_v * BV
-    start = i_s * (SEGMENT // C)
-    end = tl.minimum(start + SEGMENT // C, tl.cdiv(T, C))
-    i_enter = i_block * 2 * SEGMENTS + i_s
+    start, count = _chunks(i_s, T, SEGMENT, C)
+    end = start + count - 1
+    i_fwd = i_block * 2 * tl.num_programs(2) + i_s
+    i_rev = i_fwd + tl.num_programs(2)
     lowest = tl.zeros((ROWS // 2, BK), ACC)
     if REV:
         g_rev = sequence(g_rev, i_b, i_h, 0)
-        lowest = forward_anchored(
-            q, k, v, g_rev, share, None, p_S_enter, i_enter + SEGMENTS, scale, start, end, T, K, V,
-            True, C, BK, BV, ACC, DOT, STAGES,
-        )  # fmt: skip
+        S = entering(p_S_enter, i_rev, BV, BK, ACC)
+        _, lowest = forward_anchored(
+            q, k, v, g_rev, share, None, S, scale, end, count, -1, T, K, V, C, BK, BV, ACC, DOT, STAGES
+        )
     tl.debug_barrier()  # what some threads of the program wrote, others read below
     if FWD:
         g_fwd = sequence(g_fwd, i_b, i_h, 0)
-        lowest_fwd = forward_anchored(
-            q, k, v, g_fwd, o, share if REV else None, p_S_enter, i_enter, scale, start, end, T, K, V,
-            False, C, BK, BV, ACC, DOT, STAGES,
-        )  # fmt: skip
+        S = entering(p_S_enter, i_fwd, BV, BK, ACC)
+        _, lowest_fwd = forward_anchored(
+            q, k, v, g_fwd, o, share if REV else None, S, scale, start, count, 1, T, K, V, C, BK, BV, ACC, DOT, STAGES
+        )
         lowest = least(lowest, lowest_fwd)
     if not _exact(lowest, BOUND):
         tl.debug_barrier()  # the fast path's last reads come before what is written over them
         if REV:
+            S = entering(p_S_enter, i_rev, BV, BK, ACC)
             forward_halving(
-                q, k, v, g_rev, share, None, p_S_enter, i_enter + SEGMENTS, scale, start, end, T, K, V,
-                True, C, LEVELS, BK, BV, ACC, DOT, LIMIT,
-            )  # fmt: skip
+                q, k, v, g_rev, share, None, S, scale, end, count, -1, T, K, V, C, LEVELS, BK, BV, ACC, DOT, LIMIT
+            )
         tl.debug_barrier()
         if FWD:
+            S = entering(p_S_enter, i_fwd, BV, BK, ACC)
             forward_halving(
-                q, k, v, g_fwd, o, share if REV else None, p_S_enter, i_enter, scale, start, end, T, K, V,
-                False, C, LEVELS, BK, BV, ACC, DOT, LIMIT,
+                q, k, v, g_fwd, o, share if REV else None, S, scale, start, count, 1, T, K, V,
+                C, LEVELS, BK, BV, ACC, DOT, LIMIT,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
+def half_kernel(
+    q, k, v, g_fwd, g_rev, o, share, p_S_meet, scale, H, T, K, V, SEGMENT,
+    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
+    DENSE: tl.constexpr, SECOND: tl.constexpr,
+):  # fmt: skip
+    """`forward_kernel` for two halves, of SEGMENT tokens and of the rest, in two launches.
+
+    A program has one scan, and carries its state through one half, then with SECOND through the other. The first time
+    it leaves its share of o; the second time it finds the other scan's.  p_S_meet: the state of each in between.
+    """
+    _wait(DEPENDENT)
+    i_b, i_h, i_v, i_direction, i_block = _program(H, INDEX)
+    step = 1 - 2 * i_direction.to(tl.int32)  # 0 is the forward scan, which begins in half 0
+    q, k = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0)
+    v, o = sequence(v, i_b, i_h, i_v * BV), sequence(o, i_b, i_h, i_v * BV)
+    share = sequence(share, i_b, i_h, i_v * BV)
+    g, g_opp = _own(sequence(g_fwd, i_b, i_h, 0), sequence(g_rev, i_b, i_h, 0), step, DENSE)
+    V -= i_v * BV
+    start, count = _chunks(1 - i_direction if SECOND else i_direction, T, SEGMENT, C)
+    first = _first(start, count, step)
+    p_S = scratch(p_S_meet, i_block * 2 + i_direction, BV, BK)
+    S = tl.zeros((BV, BK), ACC)
+    if SECOND:
+        _, lowest = forward_anchored(
+            q, k, v, g, o, share, tl.load(p_S), scale, first, count, step, T, K, V, C, BK, BV, ACC, DOT, STAGES
+        )
+        if not _exact(lowest, BOUND):
+            # The other share may be overwritten. That scan begins in this half.
+            tl.debug_barrier()
+            opposite = _first(start, count, -step)
+            forward_halving(
+                q, k, v, g_opp, share, None, S, scale, opposite, count, -step, T, K, V,
+                C, LEVELS, BK, BV, ACC, DOT, LIMIT,
+            )  # fmt: skip
+            tl.debug_barrier()
+            forward_halving(
+                q, k, v, g, o, share, tl.load(p_S), scale, first, count, step, T, K, V,
+                C, LEVELS, BK, BV, ACC, DOT, LIMIT,
+            )  # fmt: skip
+    else:
+        S_end, lowest = forward_anchored(
+            q, k, v, g, share, None, S, scale, first, count, step, T, K, V, C, BK, BV, ACC, DOT, STAGES
+        )
+        tl.store(p_S, S_end)
+        if not _exact(lowest, BOUND):
+            tl.debug_barrier()
+            S_end = forward_halving(
+                q, k, v, g, share, None, S, scale, first, count, step, T, K, V, C, LEVELS, BK, BV, ACC, DOT, LIMIT
+            )
+            tl.store(p_S, S_end)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
-    q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter,
+    q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S, p_dS, p_S_enter, p_dS_enter, p_exact,
     scale, H, T, K, V, SEGMENT,
     FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr,
-    STAGES: tl.constexpr, STATES_STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
+    STAGES: tl.constexpr, DEPENDENT: tl.constexpr, DENSE: tl.constexpr, HALVES: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of `forward_kernel` in one launch; the forward pass saves no chunk's states."""
+    """All gradients of `forward_kernel` in two launches, a walk each; SECOND: the one that writes them.
+
+    p_S, p_dS: memory for the states of all chunks, if they do not go where gradients will be.
+    p_S_enter, p_dS_enter: as in `forward_kernel`; with HALVES where the first walk leaves, for the second, the state of
+    a program's own scan and the gradient of the opposite one's, as p_S_meet in `half_kernel`.
+    p_exact: for each segment, whether the first walk found the fast path exact. Both walks meet the same sums of gates.
+    """
     _wait(DEPENDENT)
-    SEGMENTS = tl.num_programs(2)
-    i_bh, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    i_s = (SEGMENTS - 1 - tl.program_id(2)).to(INDEX)
-    i_b, i_h = i_bh // H, i_bh % H
-    i_block = i_bh * tl.num_programs(1) + i_v
+    i_b, i_h, i_v, i_s, i_block = _program(H, INDEX)
     q, k = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0)
     v, do = sequence(v, i_b, i_h, i_v * BV), sequence(do, i_b, i_h, i_v * BV)
     i_part = i_v * (tl.num_programs(0) // H) + i_b  # every block of V has its own dq, dk and dg: stacked along B
@@ -128,47 +236,89 @@ def backward_kernel(
     if REV:
         g_rev, dg_rev = sequence(g_rev, i_b, i_h, 0), sequence(dg_rev, i_part, i_h, 0)
     V -= i_v * BV
-    start = i_s * (SEGMENT // C)
-    end = tl.minimum(start + SEGMENT // C, tl.cdiv(T, C))
-    if p_S_rev is None:  # states go to the gradients' memory, and tiles are full: masks need not look at features
+    SEGMENTS = tl.num_programs(2)
+    if HALVES:
+        i_own = i_block * 2 + i_s  # i_s is the own direction; 0 is forward, and begins in half 0
+        i_opp = i_own
+        step = 1 - 2 * i_s.to(tl.int32)
+        i_s = 1 - i_s if SECOND else i_s
+        g_own, g_opp = _own(g_fwd, g_rev, step, DENSE)
+        dg_own, dg_opp = _own(dg_fwd, dg_rev, step, True)
+        HAS_OWN: tl.constexpr = True
+        HAS_OPP: tl.constexpr = True
+    elif SECOND:
+        i_own = i_block * 2 * SEGMENTS + i_s
+        i_opp = i_own + SEGMENTS
+        step: tl.constexpr = 1
+        g_own, g_opp, dg_own, dg_opp = g_fwd, g_rev, dg_fwd, dg_rev
+        HAS_OWN: tl.constexpr = FWD
+        HAS_OPP: tl.constexpr = REV
+    else:
+        i_opp = i_block * 2 * SEGMENTS + i_s
+        i_own = i_opp + SEGMENTS
+        step: tl.constexpr = -1
+        g_own, g_opp, dg_own, dg_opp = g_rev, g_fwd, dg_rev, dg_fwd
+        HAS_OWN: tl.constexpr = REV
+        HAS_OPP: tl.constexpr = FWD
+    start, count = _chunks(i_s, T, SEGMENT, C)
+    if p_S is None:  # states go to the gradients' memory, and tiles are full: masks need not look at features
         K = BK
         V = BV
     else:
         i_state = (i_block * SEGMENTS + i_s) * (SEGMENT // C) * BV * BK
-        p_S_rev += i_state
-        p_dS_fwd += i_state
-    i_enter = i_block * 2 * SEGMENTS + i_s
-    lowest = backward_anchored(
-        q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter, i_enter,
-        scale, start, end, T, K, V, SEGMENTS, FWD, REV, C, BK, BV, ACC, DOT, STAGES, STATES_STAGES,
-    )  # fmt: skip
-    if not _exact(lowest, BOUND):
-        tl.debug_barrier()  # the fast path's last reads come before what is written over them
-        backward_halving(
-            q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S_rev, p_dS_fwd, p_S_enter, p_dS_enter,
-            i_enter, scale, start, end, T, K, V, SEGMENTS, FWD, REV, C, LEVELS, BK, BV, ACC, DOT, LIMIT,
+        p_S += i_state
+        p_dS += i_state
+    first = _first(start, count, step)
+    S = entering(None if HALVES and not SECOND else p_S_enter, i_own, BV, BK, ACC)
+    dS = entering(None if HALVES and not SECOND else p_dS_enter, i_opp, BV, BK, ACC)
+    p_exact += i_block * SEGMENTS + i_s
+    if not SECOND:
+        S_end, dS_end, lowest = states_anchored(
+            q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
+            scale, start, first, count, step, T, K, V, HAS_OWN, HAS_OPP, C, BK, BV, ACC, DOT, STAGES,
+        )  # fmt: skip
+        exact = _exact(lowest, BOUND)
+        tl.store(p_exact, exact.to(tl.int32))
+        if not exact:
+            tl.debug_barrier()  # the fast path's last stores come before what is written over them
+            S_end, dS_end = states_halving(
+                q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
+                scale, start, first, count, step, T, K, V, HAS_OWN, HAS_OPP, C, BK, BV, ACC, DOT, LIMIT,
+            )  # fmt: skip
+        if HALVES:
+            tl.store(scratch(p_S_enter, i_own, BV, BK), S_end)
+            tl.store(scratch(p_dS_enter, i_opp, BV, BK), dS_end)
+    elif tl.load(p_exact) != 0:
+        gradients_anchored(
+            q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
+            scale, start, first, count, step, T, K, V, HAS_OWN, HAS_OPP, C, BK, BV, ACC, DOT, STAGES,
+        )  # fmt: skip
+    else:
+        gradients_halving(
+            q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
+            scale, start, first, count, step, T, K, V, HAS_OWN, HAS_OPP, C, LEVELS, BK, BV, ACC, DOT, LIMIT,
         )  # fmt: skip
 
 
 @triton.jit
 def _add_up(
-    x, y, g, start, end, T, K, V,
-    LEFT: tl.constexpr, OWN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    x, y, g, first, count, step, T, K, V,
+    OWN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What the chunks `start .. end` alone add to a state that goes to the left (or right), and the log decay there.
+    """What the chunks of a walk alone add to a state that comes towards it, and the log decay across them.
 
-    y^T (x * decay to the far end): a plain sum, no exponent positive. The chunk at that end comes first, so that decay,
-    from the chunk at hand to the end, is known. x, y, OWN: see `segment_kernel`.
+    y^T (x * decay to where the walk begins): a plain sum, no exponent positive. decay is from the chunk at hand to
+    there. x, y, OWN: see `segment_kernel`.
     """
     S = tl.zeros((BV, BK), ACC)
     decay = tl.zeros((ROWS, BK), ACC)
-    for i in tl.range(end - start, num_stages=STAGES):
-        n = start + i if LEFT else end - 1 - i
-        b_g = load_any_gate(g, n * C, T, K, C, BK, ACC, LIMIT)
-        b = tl.reshape(sums(ahead(LEFT, OWN, C), b_g, DOT), (C // ROWS, ROWS, BK)) + decay[None, :, :]
-        b_xE = load(x, n * C, T, K, C, BK).to(ACC) * exp2(tl.reshape(b, (C, BK)), DOT)
-        S = dot(load(y, n * C, T, V, C, BV, TRANSPOSED=True), b_xE, S, DOT)
+    for i in tl.range(count, num_stages=STAGES):
+        at = chunk(first + i * step, step, C)
+        b_g = load_any_gate(g, at, T, K, C, BK, ACC, LIMIT)
+        b = tl.reshape(sums(ahead(True, OWN, C), b_g, DOT), (C // ROWS, ROWS, BK)) + decay[None, :, :]
+        b_xE = load(x, at, T, K, C, BK).to(ACC) * exp2(tl.reshape(b, (C, BK)), DOT)
+        S = dot(load(y, at, T, V, C, BV, TRANSPOSED=True), b_xE, S, DOT)
         decay += total(b_g, DOT)
     return S, decay
 
@@ -191,20 +341,26 @@ def segment_kernel(
     # A state that goes to the left comes to the first one last.
     i_s = (tl.program_id(2) + (i_direction == (0 if OWN else 1))).to(INDEX)
     i_own = ((i_bh * tl.num_programs(1) + i_v) * 2 + i_direction) * (tl.num_programs(2) + 1) + i_s
-    start = i_s * (SEGMENT // C)
-    end = tl.minimum(start + SEGMENT // C, tl.cdiv(T, C))
+    start, count = _chunks(i_s, T, SEGMENT, C)
+    end = start + count - 1
     S = tl.zeros((BV, BK), ACC)
     decay = tl.zeros((ROWS, BK), ACC)
     x, y = sequence(x, i_b, i_h, 0), sequence(y, i_b, i_h, i_v * BV)
     V -= i_v * BV
-    if FWD:
+    if FWD:  # the walk goes towards the state: S_fwd goes to the right, dS_fwd to the left
         g_fwd = sequence(g_fwd, i_b, i_h, 0)
         if i_direction == 0:
-            S, decay = _add_up(x, y, g_fwd, start, end, T, K, V, OWN, OWN, C, BK, BV, ACC, DOT, LIMIT, STAGES)
+            S, decay = _add_up(
+                x, y, g_fwd, start if OWN else end, count, 1 if OWN else -1, T, K, V,
+                OWN, C, BK, BV, ACC, DOT, LIMIT, STAGES,
+            )  # fmt: skip
     if REV:
         g_rev = sequence(g_rev, i_b, i_h, 0)
         if i_direction == 1:
-            S, decay = _add_up(x, y, g_rev, start, end, T, K, V, not OWN, OWN, C, BK, BV, ACC, DOT, LIMIT, STAGES)
+            S, decay = _add_up(
+                x, y, g_rev, end if OWN else start, count, -1 if OWN else 1, T, K, V,
+                OWN, C, BK, BV, ACC, DOT, LIMIT, STAGES,
+            )  # fmt: skip
     tl.store(scratch(p_state, i_own, BV, BK), S * scale)
     row = tl.arange(0, ROWS)[:, None]
     tl.store(p_total + i_own * BK + tl.arange(0, BK)[None, :] + 0 * row, decay, mask=row == 0)  # rows are equal

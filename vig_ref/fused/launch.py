@@ -1,6 +1,7 @@
 """From PyTorch to the kernels: what is allocated, what is launched, and how autograd and torch.compile see it."""
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -34,13 +35,16 @@ class Warps(NamedTuple):
 #: warps are wrong in Triton 3.6.)
 TILES = {(16, 32): Warps(1, 2, 4, 4), (32, 64): Warps(2, 4, 2, 4), (128, 32): Warps(4, 8, 8, 8)}
 #: Registers of a thread in the forward pass, where the compiler would take more than it needs: six programs of two
-#: warps, twelve of one, then share a multiprocessor. With fewer, or with so many in the backward pass, programs spill.
+#: warps, twelve of one, then share a multiprocessor. With fewer, or with so many in other kernels, programs spill.
 REGISTERS = {(16, 32): 168, (32, 64): 168}
 MAX_K = max(BK for BK, _ in TILES)
-#: Tokens per program, at most, unless that makes more than MAX_SEGMENTS: a longer sequence is cut into segments. A
-#: constant, so that the result for an image does not depend on the batch that it is in. A multiple of LONG_CHUNK.
+#: Tokens of a sequence that is not cut, and of a segment at most, unless that makes more than MAX_SEGMENTS. A multiple
+#: of LONG_CHUNK.
 SEGMENT = 256
 MAX_SEGMENTS = 256
+#: So many sequences (of each batch, head and block of V) fill a GPU with two programs each: about one for each of its
+#: multiprocessors. Then a long one is only halved.
+MANY = 128
 #: The smallest exponent, in base 2, with which the fast path may go on: a sum of gates between the middles of
 #: neighbouring chunks, or from the last middle to the end. The forward pass needs exp(-b) to stay far below the largest
 #: float32. In the gates' gradients, terms of size 1 cancel to terms of size 2^BOUND, which must not be lost in the
@@ -49,8 +53,9 @@ BOUND = -80.0
 BOUND_BACKWARD = {"bf16": -8.0, "tf32": -8.0, "ieee": -2.0}
 #: Chunks in shared memory, all but one fetched ahead, for bfloat16 in the tiles of ViG. Others would not fit.
 STAGES = 3
-#: Another number for the first sweep of the backward pass, which loads less: for the tiles that it makes faster.
-STATES_STAGES = {(32, 64): 4}
+#: Others for the first walk of the backward pass, which loads less, and in `half_kernel`: few programs hide little.
+STATES_STAGES = 4
+HALF_STAGES = 5
 #: Bytes of a cache line.
 LINE = 128
 PRECISIONS = ("ieee", "tf32")
@@ -61,7 +66,7 @@ INTERPRETED = isinstance(kernels.forward_kernel, InterpretedFunction)
 def bidirectional_gla(
     q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor, g_rev: Tensor, *, scale: float, precision: str = "ieee"
 ) -> Tensor:
-    """Eq. 6 in one launch, or three if T > SEGMENT. See `vig_ref.bidirectional_gla`.
+    """Eq. 6 in one launch, or two or three if T > SEGMENT. See `vig_ref.bidirectional_gla`.
 
     Args:
         precision: the products of float32 inputs, "ieee" or "tf32". float16 inputs always use tf32 operands (scores of
@@ -109,16 +114,24 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, scale: float, precision: str
 ) -> tuple[Tensor, Tensor]:
     """o, and the states that enter each segment, which the backward pass wants again."""
-    o, S_enter = _empty(v), _entering(q, v)
+    halves = _halves(q, v, g_fwd, g_rev)
+    o, S_enter = _empty(v), _entering(q, v, halves)
     if o.numel():
         far = _far(q, k, v, g_fwd, g_rev, o)
         options = _options(q, v, g_fwd, g_rev, precision, backward=False, far=far)
+        tensors = [_strided(x) for x in (q, k, v, g_fwd, g_rev, o, _share(o, options))]
+        grid, sizes = _grid(v, options["BV"], halves), _sizes(q, v, halves)
         with _device(q):
-            _enter(k, v, g_fwd, g_rev, 1.0, S_enter, False, options)
-            kernels.forward_kernel[_grid(v, options["BV"])](
-                *(_strided(x) for x in (q, k, v, g_fwd, g_rev, o, _share(o, options))), _or_none(S_enter), scale,
-                *_sizes(q, v), **options,
-            )  # fmt: skip
+            if halves:
+                S_meet = _meeting(q, v)
+                for second in (False, True):
+                    kernels.half_kernel[grid](
+                        *tensors, S_meet, scale, *sizes, **half_constants(options, _dense(g_fwd, g_rev), second)
+                    )
+            else:
+                _enter(k, v, g_fwd, g_rev, 1.0, S_enter, False, options)
+                behind = _behind(options["DEPENDENT"] and S_enter.numel() > 0)
+                kernels.forward_kernel[grid](*tensors, _or_none(S_enter), scale, *sizes, **options | behind)
     return o, S_enter
 
 
@@ -131,19 +144,25 @@ def _backward(
     grads = [_empty(x) for x in inputs]
     if not do.numel():
         return grads
+    halves = _halves(q, v, g_fwd, g_rev)
     options = _options(q, v, g_fwd, g_rev, precision, backward=True, far=_far(*inputs, do, *grads))
-    blocks = _grid(v, options["BV"])[1]
+    grid = _grid(v, options["BV"], halves)
+    blocks = grid[1]
     parts = grads if blocks == 1 else [grad if n == 2 else _parts(inputs[n], blocks) for n, grad in enumerate(grads)]
     dq, dk, dv, *dg = (_strided(x) for x in parts)
-    dS_enter = _entering(q, v)
+    dS_enter = _entering(q, v, halves)
+    states = [_or_none(_states(q, v, parts, options, halves)) for _ in range(2)]
+    enter = [_meeting(q, v) for _ in range(2)] if halves else [_or_none(S_enter), _or_none(dS_enter)]
+    exact = q.new_empty(math.prod(grid), dtype=torch.int32)
     with _device(q):
         _enter(q, do, g_fwd, g_rev, scale, dS_enter, True, options)
-        kernels.backward_kernel[_grid(v, options["BV"])](
-            *(_strided(x) for x in (q, k, v, g_fwd, g_rev, do)),
-            dq, dk, dv, None if g_fwd is None else dg[0], None if g_rev is None else dg[-1],
-            *(_or_none(_states(q, v, parts, options)) for _ in range(2)), _or_none(S_enter), _or_none(dS_enter),
-            scale, *_sizes(q, v), **options,
-        )  # fmt: skip
+        for second in (False, True):
+            walk = backward_constants(options, halves, halves and _dense(g_fwd, g_rev), second, dS_enter.numel() > 0)
+            kernels.backward_kernel[grid](
+                *(_strided(x) for x in (q, k, v, g_fwd, g_rev, do)),
+                dq, dk, dv, None if g_fwd is None else dg[0], None if g_rev is None else dg[-1], *states, *enter,
+                exact, scale, *_sizes(q, v, halves), **walk,
+            )  # fmt: skip
     for grad, part in zip(grads, parts, strict=True):
         if part is not grad:
             grad.copy_(part.unflatten(0, (blocks, -1)).sum(0))
@@ -159,8 +178,8 @@ def _enter(
         return
     blocks, _, segments, BV, _ = enter.shape
     decay = _decays(enter)
-    kernels.segment_kernel[2 * x.shape[0] * x.shape[1], _grid(y, BV)[1], segments - 1](
-        *(_strided(each) for each in (x, y, g_fwd, g_rev)), enter, decay, scale, *_sizes(x, y),
+    kernels.segment_kernel[2 * x.shape[0] * x.shape[1], _grid(y, BV, False)[1], segments - 1](
+        *(_strided(each) for each in (x, y, g_fwd, g_rev)), enter, decay, scale, *_sizes(x, y, False),
         **segment_constants(options, own),
     )  # fmt: skip
     constants = combine_constants(options, own, segments)
@@ -169,7 +188,7 @@ def _enter(
 
 @_forward.register_fake
 def _(q, k, v, g_fwd, g_rev, scale, precision):
-    return _empty(v), _entering(q, v)
+    return _empty(v), _entering(q, v, _halves(q, v, g_fwd, g_rev))
 
 
 @_backward.register_fake
@@ -219,16 +238,37 @@ def _parts(x: Tensor, blocks: int) -> Tensor:
     return x.new_empty(blocks * B, H, T, D, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _entering(q: Tensor, v: Tensor) -> Tensor:
+def _halves(q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None) -> bool:
+    """Whether long sequences are halved, not cut into segments of at most SEGMENT.
+
+    Both gates need to be there, and of one dtype: a program has one of them, chosen when it runs. torch.export wants to
+    know on which side of MANY a number of images is.
+    """
+    both = g_fwd is not None and g_rev is not None and g_fwd.dtype == g_rev.dtype
+    return both and v.shape[2] > SEGMENT and v.shape[0] * v.shape[1] * _cdiv(v.shape[3], _tile(q, v)[1]) >= MANY
+
+
+def _meeting(q: Tensor, v: Tensor) -> Tensor:
+    """Memory for the states with which programs meet, `[B * H * blocks of V, directions, BV, BK]`."""
+    BK, BV = _tile(q, v)
+    wide = torch.promote_types(v.dtype, torch.float32)
+    return v.new_empty(v.shape[0] * v.shape[1] * _cdiv(v.shape[3], BV), 2, BV, BK, dtype=wide)
+
+
+def _dense(g_fwd: Tensor | None, g_rev: Tensor | None) -> bool:
+    return all(g is None or g.stride(3) == 1 for g in (g_fwd, g_rev))
+
+
+def _entering(q: Tensor, v: Tensor, halves: bool) -> Tensor:
     """Memory for what enters each segment, `[B * H * blocks of V, directions, segments, BV, BK]`, if there are several.
 
     Kept for the backward pass: 64 bytes a token with the heads of ViG. To find them again it would read up to 640.
     """
     wide = torch.promote_types(v.dtype, torch.float32)
-    if v.shape[2] <= SEGMENT:
+    if halves or v.shape[2] <= SEGMENT:
         return v.new_empty(0, dtype=wide)
     BK, BV = _tile(q, v)
-    BH, blocks, segments = _grid(v, BV)
+    BH, blocks, segments = _grid(v, BV, False)
     return v.new_empty(BH * blocks, 2, segments, BV, BK, dtype=wide)
 
 
@@ -241,7 +281,7 @@ def _or_none(x: Tensor) -> Tensor | None:
     return x if x.numel() else None
 
 
-def _states(q: Tensor, v: Tensor, grads: list[Tensor], options: dict) -> Tensor:
+def _states(q: Tensor, v: Tensor, grads: list[Tensor], options: dict, halves: bool) -> Tensor:
     """Scratch memory for a state of every chunk; none if both states fit in the memory of the chunk's gradients.
 
     They do with the heads of ViG, bfloat16 and gates in float32: see `blocks._in_gradients`.
@@ -250,13 +290,13 @@ def _states(q: Tensor, v: Tensor, grads: list[Tensor], options: dict) -> Tensor:
     full = (q.shape[3], v.shape[3]) == (BK, BV) and BV <= 4 * CHUNK
     if full and options["DOT"] == "bf16" and all(dg.dtype == torch.float32 for dg in grads[3:]):
         return v.new_empty(0)
-    BH, blocks, segments = _grid(v, BV)
-    chunks = segments * (_segment(v.shape[2]) // options["C"])
+    BH, blocks, segments = _grid(v, BV, halves)
+    chunks = segments * (_sizes(q, v, halves)[4] // options["C"])
     return v.new_empty(BH * blocks * chunks, BV, BK, dtype=_rounded(v, options))
 
 
 def _share(o: Tensor, options: dict) -> Tensor:
-    """Memory for the reverse scan's share of o: o itself, if it is as precise as operands of products are.
+    """Memory for what the scan that comes first adds to o: o itself, if it is as precise as operands of products are.
 
     Not if its rows are shorter than a cache line, as ViG-H's are: with scratch memory, where one head comes after the
     other, the forward pass of H-T s1 (`vig-ref bench ops`) took 7 % less on an H200.
@@ -298,14 +338,15 @@ def _strided(x: Tensor | None) -> tuple | None:
     return None if x is None else (x, *x.stride())
 
 
-def _sizes(q: Tensor, v: Tensor) -> tuple[int, ...]:
+def _sizes(q: Tensor, v: Tensor, halves: bool) -> tuple[int, ...]:
     """H, T, K, V and SEGMENT, as the kernels take them."""
-    return q.shape[1], q.shape[2], q.shape[3], v.shape[3], _segment(q.shape[2])
+    T = q.shape[2]
+    return q.shape[1], T, q.shape[3], v.shape[3], _cdiv(T, 2 * CHUNK) * CHUNK if halves else _segment(T)
 
 
-def _grid(v: Tensor, BV: int) -> tuple[int, int, int]:
-    """One program per (batch, head), block of V and segment."""
-    return v.shape[0] * v.shape[1], _cdiv(v.shape[3], BV), _segments(v.shape[2])
+def _grid(v: Tensor, BV: int, halves: bool) -> tuple[int, int, int]:
+    """One program per (batch, head), block of V and segment, or one for each scan of two halves."""
+    return v.shape[0] * v.shape[1], _cdiv(v.shape[3], BV), 2 if halves else _segments(v.shape[2])
 
 
 def _options(
@@ -321,7 +362,7 @@ def _options(
     there = g_fwd is not None, g_rev is not None
     return constants(
         _tile(q, v), dot, *there, backward=backward, double=q.dtype == torch.float64, far=far,
-        dependent=capability >= (9, 0) and q.shape[2] > SEGMENT,
+        dependent=capability >= (9, 0),
     )  # fmt: skip
 
 
@@ -330,7 +371,7 @@ def _far(*tensors: Tensor | None) -> bool:
     and states in the memory of a gate's gradient are counted in bfloat16, twice as many.
 
     Not asked: parts of gradients and a share of o, which lie closer together than gradients and o, and scratch memory
-    for states, where a segment stays below 2^31 for every T that does.
+    for states, whose addresses have 64 bits.
     """
     there = [x for x in tensors if x is not None]
     return any((x.shape[2] + 2 * CHUNK) * x.stride(2) + (x.shape[3] + MAX_K) * x.stride(3) >= 2**30 for x in there)
@@ -345,23 +386,45 @@ def constants(
     tile: tuple[int, int], dot: str, fwd: bool, rev: bool, *, backward: bool, double: bool = False, far: bool = False,
     dependent: bool = False,
 ) -> dict:  # fmt: skip
-    """The compile-time constants of a kernel for a tile of TILES, an arithmetic and the directions that there are.
+    """The compile-time constants of `forward_kernel`, and what others share with it, for a tile of TILES, an arithmetic
+    and the directions that there are.
 
     far: see `_far`; offsets of 32 bits cost fewer instructions and registers.
-    dependent: whether other kernels of ours come first, on a GPU that can launch this one before they have ended.
+    dependent: whether the GPU can launch a kernel before the one ahead has ended.
     """
-    which = "backward" if backward else "forward"
-    ahead = dot == "bf16" and tile[0] < MAX_K
-    first_sweep = {"STATES_STAGES": STATES_STAGES.get(tile, STAGES) if ahead else 1}
-    return (first_sweep if backward else {}) | {
+    return {
         "FWD": fwd, "REV": rev, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1, "BK": tile[0], "BV": tile[1],
         "ACC": kernels.tl.float64 if double else kernels.tl.float32,
         "INDEX": kernels.tl.int64 if far else kernels.tl.int32, "DOT": dot, "LIMIT": 2000.0 if double else 300.0,
-        "BOUND": BOUND_BACKWARD[dot] if backward else BOUND,
-        "STAGES": STAGES if ahead else 1, "DEPENDENT": dependent,
-        "num_warps": _warps(tile, dot, which), "num_stages": 1, "maxnreg": None if backward else REGISTERS.get(tile),
-        "launch_pdl": dependent,
-    }  # fmt: skip
+        "BOUND": BOUND, "STAGES": STAGES if _ahead(tile, dot) else 1,
+        "num_warps": _warps(tile, dot, "backward" if backward else "forward"), "num_stages": 1,
+        "maxnreg": None if backward else REGISTERS.get(tile),
+    } | _behind(dependent)  # fmt: skip
+
+
+def _ahead(tile: tuple[int, int], dot: str) -> bool:
+    """Whether inputs are fetched ahead."""
+    return dot == "bf16" and tile[0] < MAX_K
+
+
+def _behind(dependent: bool) -> dict:
+    """Whether a kernel is launched before one of ours ahead has ended, and waits for that by itself."""
+    return {"DEPENDENT": dependent, "launch_pdl": dependent}
+
+
+def half_constants(options: dict, dense: bool, second: bool) -> dict:
+    """The compile-time constants of `half_kernel`."""
+    ahead = {"STAGES": HALF_STAGES} if _ahead((options["BK"], options["BV"]), options["DOT"]) else {}
+    walk = {"DENSE": dense, "SECOND": second, "maxnreg": None}
+    kept = {name: options[name] for name in options if name not in ("FWD", "REV")}
+    return kept | ahead | walk | _behind(options["DEPENDENT"] and second)
+
+
+def backward_constants(options: dict, halves: bool, dense: bool, second: bool, segments: bool) -> dict:
+    """The compile-time constants of `backward_kernel`. segments: whether kernels come before its first walk."""
+    ahead = {"STAGES": STATES_STAGES} if _ahead((options["BK"], options["BV"]), options["DOT"]) and not second else {}
+    walk = {"DENSE": dense, "HALVES": halves, "SECOND": second, "BOUND": BOUND_BACKWARD[options["DOT"]]}
+    return options | ahead | walk | _behind(options["DEPENDENT"] and (second or segments))
 
 
 def _warps(tile: tuple[int, int], dot: str, kind: str) -> int:
