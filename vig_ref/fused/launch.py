@@ -245,14 +245,18 @@ def _halves(q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None) ->
     know on which side of MANY a number of images is.
     """
     both = g_fwd is not None and g_rev is not None and g_fwd.dtype == g_rev.dtype
-    return both and v.shape[2] > SEGMENT and v.shape[0] * v.shape[1] * _cdiv(v.shape[3], _tile(q, v)[1]) >= MANY
+    if not both or v.shape[2] <= SEGMENT:
+        return False
+    BH, blocks, _ = _grid(v, _tile(q, v)[1], True)
+    return BH * blocks >= MANY
 
 
 def _meeting(q: Tensor, v: Tensor) -> Tensor:
     """Memory for the states with which programs meet, `[B * H * blocks of V, directions, BV, BK]`."""
     BK, BV = _tile(q, v)
+    BH, blocks, _ = _grid(v, BV, True)
     wide = torch.promote_types(v.dtype, torch.float32)
-    return v.new_empty(v.shape[0] * v.shape[1] * _cdiv(v.shape[3], BV), 2, BV, BK, dtype=wide)
+    return v.new_empty(BH * blocks, 2, BV, BK, dtype=wide)
 
 
 def _dense(g_fwd: Tensor | None, g_rev: Tensor | None) -> bool:
