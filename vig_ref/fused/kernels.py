@@ -200,13 +200,12 @@ def half_kernel(
         S_end, lowest = forward_anchored(
             q, k, v, g, share, None, S, scale, first, count, step, T, K, V, C, BK, BV, ACC, DOT, STAGES
         )
-        tl.store(p_S, S_end)
         if not _exact(lowest, BOUND):
             tl.debug_barrier()
             S_end = forward_halving(
                 q, k, v, g, share, None, S, scale, first, count, step, T, K, V, C, LEVELS, BK, BV, ACC, DOT, LIMIT
             )
-            tl.store(p_S, S_end)
+        tl.store(p_S, S_end)
 
 
 @triton.jit(do_not_specialize=SIZES)
