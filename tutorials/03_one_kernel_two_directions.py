@@ -694,7 +694,7 @@ ch03.record(record, low, high)
 # 256; the other T's have larger images and smaller batches, `b1` a batch of one. H-T s1 is the first stage of
 # ViG-H-T.*
 #
-# Was the sentence right? At T224 the table has 0.0485 ms, 48.5 µs, and the prediction ended at 40. So bytes are most of
+# Was the sentence right? At T224 the table has 0.0488 ms, 48.8 µs, and the prediction ended at 40. So bytes are most of
 # it, and not all. What else there is, the GPU's own counters say, on the page
 # [performance](../docs/performance.md#what-limits-it-now): shared memory, through which inputs come and warps hand each
 # other operands, is busy in about three cycles of four, and too few warps fit on a multiprocessor to hide the waiting.
