@@ -230,6 +230,17 @@ def test_checks_that_did_not_run_are_a_failure(monkeypatch, tmp_path, capsys):
     assert "1 of 9 checks FAILED" in (tmp_path / "report.html").read_text()
 
 
+def test_on_a_gpu_the_fused_layer_meets_one_piece_segments_and_halves():
+    """All ways in which it cuts sequences; sizes decide, and the tile of K and V, of which these have one."""
+    launch = pytest.importorskip("vig_ref.fused.launch")
+    fused = agreement.Layer("fused", "float32", "cuda", None, launch.CHUNK)
+    ways = set()
+    for B, H, T, K, V in Effort(device="cuda").shapes(fused):
+        q, v = (torch.empty(B, H, T, D, device="meta") for D in (K, V))
+        ways.add("halves" if launch._halves(q, v, q, q) else "segments" if launch._segments(T) > 1 else "one piece")
+    assert ways == {"one piece", "segments", "halves"}
+
+
 def test_one_nan_is_refused():
     (layer,) = agreement.layers("naive", "cpu", ["float32"])
     x = layer.draw(*LAW_SHAPE)

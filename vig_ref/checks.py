@@ -29,7 +29,9 @@ SCALE = 0.5  # a power of two: exact in every arithmetic
 #: [T, K, V]. One token; a chunk and one token more; lengths off every chunk; K and V off every tile, then ViG-T's own.
 SHAPES = [(1, 17, 3), (17, 17, 3), (49, 17, 3), (65, 32, 64), (130, 17, 3)]
 DEEP_SHAPES = [(2, 1, 1), (16, 3, 5), (64, 8, 100), (63, 100, 17), (196, 32, 64), (197, 60, 70)]
-LONG = (1000, 32, 64)  # several segments of the fused layer, which a GPU has the time for
+#: For the fused layer on a GPU, which has the time. B, H, T, K, V: several segments of one sequence; enough sequences for
+#: two programs each, one for each half.
+LONG = [(1, 1, 1000, 32, 64), (32, 4, 272, 32, 64)]
 LAW_SHAPE = (1, 1, 33, 17, 3)  # B, H, T, K, V: three chunks of the fused layer, the last of one token
 #: Numbers of parameters of the released models.
 PARAMETERS = {
@@ -46,16 +48,17 @@ class Effort(NamedTuple):
     quick: bool = False  # a few small cases of everything, for the tests of this command
     device: str = "cpu"
 
-    def shapes(self, layer: Layer) -> list[tuple[int, int, int]]:
-        if self.quick:
-            return SHAPES[:2]
-        segments = layer.name == "fused" and self.device == "cuda"
-        return SHAPES + DEEP_SHAPES * self.deep + [LONG] * segments
+    def shapes(self, layer: Layer) -> list[tuple[int, int, int, int, int]]:
+        """B, H, T, K, V."""
+        short = SHAPES[:2] if self.quick else SHAPES + DEEP_SHAPES * self.deep
+        return [(1, 1, *shape) for shape in short] + LONG * (self.compiled(layer) and not self.quick)
 
     def repeats(self, layer: Layer) -> int:
         """Runs that must agree to the last bit: where threads race, a rare difference needs many."""
-        many = layer.name == "fused" and self.device == "cuda"
-        return (200 if many else 3) * (5 if self.deep else 1)
+        return (200 if self.compiled(layer) else 3) * (5 if self.deep else 1)
+
+    def compiled(self, layer: Layer) -> bool:
+        return layer.name == "fused" and self.device == "cuda"
 
 
 class Outcome(NamedTuple):
@@ -96,8 +99,8 @@ def worst_of(measures: Iterable[tuple[str, dict[str, Measure]]]) -> Outcome:
 
 def regime(layer: Layer, effort: Effort, name: str) -> Outcome:
     """All shapes under one kind of gates."""
-    cases = ((f"T={T} K={K} V={V}", layer.draw(1, 1, T, K, V, regime=name)) for T, K, V in effort.shapes(layer))
-    return worst_of((label, agree(layer, x)) for label, x in cases)
+    cases = {"B={} H={} T={} K={} V={}".format(*shape): shape for shape in effort.shapes(layer)}
+    return worst_of((label, agree(layer, layer.draw(*shape, regime=name))) for label, shape in cases.items())
 
 
 def one_of_three(x: Tensor) -> Tensor:
@@ -257,14 +260,15 @@ def first_gate(layer: Layer, effort: Effort) -> Outcome:
 
 def repeatable(layer: Layer, effort: Effort) -> Outcome:
     """The same bits every time; on a GPU with many programs at once."""
-    x = law_inputs(layer) if effort.device == "cpu" else layer.draw(8, 12, *SHAPES[-1])
     n = effort.repeats(layer)
-    first = evaluate(layer.function, x, scale=SCALE)
-    for _ in range(n):
-        again = evaluate(layer.function, x, scale=SCALE)
-        outcome = bitwise({name: (first[name], again[name]) for name in NAMES}, "")
-        if outcome.ratio:
-            return outcome
+    many = [(8, 12, *SHAPES[-1]), LONG[1]]
+    for x in [law_inputs(layer)] if effort.device == "cpu" else [layer.draw(*shape) for shape in many]:
+        first = evaluate(layer.function, x, scale=SCALE)
+        for _ in range(n):
+            again = evaluate(layer.function, x, scale=SCALE)
+            outcome = bitwise({name: (first[name], again[name]) for name in NAMES}, "")
+            if outcome.ratio:
+                return outcome
     return Outcome(0.0, f"{n} runs more, the same bits")
 
 
