@@ -29,8 +29,8 @@ SCALE = 0.5  # a power of two: exact in every arithmetic
 #: [T, K, V]. One token; a chunk and one token more; lengths off every chunk; K and V off every tile, then ViG-T's own.
 SHAPES = [(1, 17, 3), (17, 17, 3), (49, 17, 3), (65, 32, 64), (130, 17, 3)]
 DEEP_SHAPES = [(2, 1, 1), (16, 3, 5), (64, 8, 100), (63, 100, 17), (196, 32, 64), (197, 60, 70)]
-#: For the fused layer on a GPU, which has the time. B, H, T, K, V: several segments of one sequence; enough sequences for
-#: two programs each, one for each half.
+#: For the fused layer on a GPU, which has the time. B, H, T, K, V: one sequence in several segments; enough sequences
+#: for two programs each, one for each half.
 LONG = [(1, 1, 1000, 32, 64), (32, 4, 272, 32, 64)]
 LAW_SHAPE = (1, 1, 33, 17, 3)  # B, H, T, K, V: three chunks of the fused layer, the last of one token
 #: Numbers of parameters of the released models.
