@@ -231,14 +231,17 @@ def test_checks_that_did_not_run_are_a_failure(monkeypatch, tmp_path, capsys):
 
 
 def test_on_a_gpu_the_fused_layer_meets_one_piece_segments_and_halves():
-    """All ways in which it cuts sequences; sizes decide, and the tile of K and V, of which these have one."""
+    """It is compared in each of the ways in which it cuts sequences, and repeated in halves."""
     launch = pytest.importorskip("vig_ref.fused.launch")
     fused = agreement.Layer("fused", "float32", "cuda", None, launch.CHUNK)
-    ways = set()
+    ways = {}
     for B, H, T, K, V in Effort(device="cuda").shapes(fused):
         q, v = (torch.empty(B, H, T, D, device="meta") for D in (K, V))
-        ways.add("halves" if launch._halves(q, v, q, q) else "segments" if launch._segments(T) > 1 else "one piece")
-    assert ways == {"one piece", "segments", "halves"}
+        halves = launch._halves(q, v, q, q)
+        ways[B, H, T, K, V] = "halves" if halves else "segments" if launch._segments(T) > 1 else "one piece"
+    assert set(ways.values()) == {"one piece", "segments", "halves"}
+    assert ways[checks.HALVES] == "halves"
+    assert checks.HALVES[2] % launch.CHUNK
 
 
 def test_one_nan_is_refused():

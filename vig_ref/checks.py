@@ -29,9 +29,9 @@ SCALE = 0.5  # a power of two: exact in every arithmetic
 #: [T, K, V]. One token; a chunk and one token more; lengths off every chunk; K and V off every tile, then ViG-T's own.
 SHAPES = [(1, 17, 3), (17, 17, 3), (49, 17, 3), (65, 32, 64), (130, 17, 3)]
 DEEP_SHAPES = [(2, 1, 1), (16, 3, 5), (64, 8, 100), (63, 100, 17), (196, 32, 64), (197, 60, 70)]
-#: For the fused layer on a GPU, which has the time. B, H, T, K, V: one sequence in several segments; enough sequences
-#: for two programs each, one for each half.
-LONG = [(1, 1, 1000, 32, 64), (32, 4, 272, 32, 64)]
+#: For the fused layer on a GPU, which has the time. B, H, T, K, V.
+SEGMENTS = (1, 1, 1000, 32, 64)  # one sequence, in several segments
+HALVES = (32, 4, 275, 32, 64)  # enough sequences for two programs each; the second half ends inside a chunk
 LAW_SHAPE = (1, 1, 33, 17, 3)  # B, H, T, K, V: three chunks of the fused layer, the last of one token
 #: Numbers of parameters of the released models.
 PARAMETERS = {
@@ -51,14 +51,16 @@ class Effort(NamedTuple):
     def shapes(self, layer: Layer) -> list[tuple[int, int, int, int, int]]:
         """B, H, T, K, V."""
         short = SHAPES[:2] if self.quick else SHAPES + DEEP_SHAPES * self.deep
-        return [(1, 1, *shape) for shape in short] + LONG * (self.compiled(layer) and not self.quick)
+        return [(1, 1, *shape) for shape in short] + [SEGMENTS, HALVES] * self.long(layer)
 
     def repeats(self, layer: Layer) -> int:
         """Runs that must agree to the last bit: where threads race, a rare difference needs many."""
-        return (200 if self.compiled(layer) else 3) * (5 if self.deep else 1)
+        many = layer.name == "fused" and self.device == "cuda"
+        return (200 if many else 3) * (5 if self.deep else 1)
 
-    def compiled(self, layer: Layer) -> bool:
-        return layer.name == "fused" and self.device == "cuda"
+    def long(self, layer: Layer) -> bool:
+        """Whether there is time for sequences that the fused layer cuts."""
+        return layer.name == "fused" and self.device == "cuda" and not self.quick
 
 
 class Outcome(NamedTuple):
@@ -99,7 +101,7 @@ def worst_of(measures: Iterable[tuple[str, dict[str, Measure]]]) -> Outcome:
 
 def regime(layer: Layer, effort: Effort, name: str) -> Outcome:
     """All shapes under one kind of gates."""
-    cases = {"B={} H={} T={} K={} V={}".format(*shape): shape for shape in effort.shapes(layer)}
+    cases = {f"B={B} H={H} T={T} K={K} V={V}": (B, H, T, K, V) for B, H, T, K, V in effort.shapes(layer)}
     return worst_of((label, agree(layer, layer.draw(*shape, regime=name))) for label, shape in cases.items())
 
 
@@ -261,15 +263,17 @@ def first_gate(layer: Layer, effort: Effort) -> Outcome:
 def repeatable(layer: Layer, effort: Effort) -> Outcome:
     """The same bits every time; on a GPU with many programs at once."""
     n = effort.repeats(layer)
-    many = [(8, 12, *SHAPES[-1]), LONG[1]]
-    for x in [law_inputs(layer)] if effort.device == "cpu" else [layer.draw(*shape) for shape in many]:
+    cases = [law_inputs(layer) if effort.device == "cpu" else layer.draw(8, 12, *SHAPES[-1])]
+    if effort.long(layer):
+        cases += [layer.draw(*HALVES, regime=name) for name in ("vig", "reset")]  # the fast path, and the other
+    for x in cases:
         first = evaluate(layer.function, x, scale=SCALE)
         for _ in range(n):
             again = evaluate(layer.function, x, scale=SCALE)
             outcome = bitwise({name: (first[name], again[name]) for name in NAMES}, "")
             if outcome.ratio:
                 return outcome
-    return Outcome(0.0, f"{n} runs more, the same bits")
+    return Outcome(0.0, f"{n * len(cases)} runs more, the same bits")
 
 
 def framed(x: Tensor) -> Tensor:
