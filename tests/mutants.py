@@ -365,7 +365,7 @@ MUTANTS = [
     # Found by readers who planted bugs of their own, and had survived: several images, heads, segments and blocks of V at once.
     Mutant("forward: entering states counted block by block", KERNELS, "i_fwd = i_block * 2 * tl.num_programs(2) + i_s", "i_fwd = (i_v * tl.num_programs(0) + i_b * H + i_h) * 2 * tl.num_programs(2) + i_s"),
     Mutant("backward: entering states of the first image", KERNELS, "i_own = i_block * 2 * SEGMENTS + i_s", "i_own = (i_h * tl.num_programs(1) + i_v) * 2 * SEGMENTS + i_s"),
-    Mutant("launch: scratch memory for the tokens there are", LAUNCH, "chunks = segments * (_sizes(q, v, halves)[4] // options[\"C\"])", "chunks = _cdiv(v.shape[2], options[\"C\"])"),
+    Mutant("launch: scratch memory for the tokens there are", LAUNCH, "chunks = segments * (_cut(v.shape[2], halves) // options[\"C\"])", "chunks = _cdiv(v.shape[2], options[\"C\"])"),
     Mutant("launch: 33 bits taken for 32", LAUNCH, ">= 2**30 for x", ">= 2**31 for x"),
     Mutant("launch: gates may lie farther than values", LAUNCH, "_far(q, k, v, g_fwd, g_rev, o)", "_far(q, k, v, o)"),
     Mutant("launch: entering states in the dtype of v", LAUNCH, "    wide = torch.promote_types(v.dtype, torch.float32)\n    if halves", "    wide = v.dtype\n    if halves"),
@@ -418,7 +418,7 @@ MUTANTS = [
     Mutant("launch: directions meet in one place", LAUNCH, "return v.new_empty(BH * blocks, 2, BV, BK, dtype=wide)", "return v.new_empty(BH * blocks, 1, BV, BK, dtype=wide)"),
     Mutant("launch: states meet in the dtype of v", LAUNCH, "    wide = torch.promote_types(v.dtype, torch.float32)\n    return v.new_empty(BH * blocks, 2, BV, BK", "    wide = v.dtype\n    return v.new_empty(BH * blocks, 2, BV, BK"),
     Mutant("launch: S and dS meet in one place", LAUNCH, "enter = [_meeting(q, v) for _ in range(2)] if halves", "enter = [_meeting(q, v)] * 2 if halves"),
-    Mutant("launch: memory for the states of halves as of segments", LAUNCH, "segments * (_sizes(q, v, halves)[4] // options", "segments * (_sizes(q, v, False)[4] // options"),
+    Mutant("launch: memory for the states of halves as of segments", LAUNCH, "segments * (_cut(v.shape[2], halves) // options", "segments * (_cut(v.shape[2], False) // options"),
     Mutant("kept: S of a segment where the first one's gradients go", ANCHORED, "keep(S, p_S, n - start, dg_own, dv, None, n * C,", "keep(S, p_S, n - start, dg_own, dv, None, (n - start) * C,"),
     Mutant("kept: dS of a segment where the first one's gradients go", ANCHORED, "keep(dS, p_dS, n - start, dg_opp, dq, dk, n * C,", "keep(dS, p_dS, n - start, dg_opp, dq, dk, (n - start) * C,"),
     Mutant("kept: halving, S of a segment where the first one's gradients go", HALVING, "keep(S, p_S, n - start, dg_own, dv, None, n * C,", "keep(S, p_S, n - start, dg_own, dv, None, (n - start) * C,"),

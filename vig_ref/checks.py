@@ -55,12 +55,15 @@ class Effort(NamedTuple):
 
     def repeats(self, layer: Layer) -> int:
         """Runs that must agree to the last bit: where threads race, a rare difference needs many."""
-        many = layer.name == "fused" and self.device == "cuda"
-        return (200 if many else 3) * (5 if self.deep else 1)
+        return (200 if self.compiled(layer) else 3) * (5 if self.deep else 1)
 
     def long(self, layer: Layer) -> bool:
         """Whether there is time for sequences that the fused layer cuts."""
-        return layer.name == "fused" and self.device == "cuda" and not self.quick
+        return self.compiled(layer) and not self.quick
+
+    def compiled(self, layer: Layer) -> bool:
+        """Whether it runs as kernels on a GPU, thousands of threads at once."""
+        return layer.name == "fused" and self.device == "cuda"
 
 
 class Outcome(NamedTuple):

@@ -295,7 +295,7 @@ def _states(q: Tensor, v: Tensor, grads: list[Tensor], options: dict, halves: bo
     if full and options["DOT"] == "bf16" and all(dg.dtype == torch.float32 for dg in grads[3:]):
         return v.new_empty(0)
     BH, blocks, segments = _grid(v, BV, halves)
-    chunks = segments * (_sizes(q, v, halves)[4] // options["C"])
+    chunks = segments * (_cut(v.shape[2], halves) // options["C"])
     return v.new_empty(BH * blocks * chunks, BV, BK, dtype=_rounded(v, options))
 
 
@@ -338,14 +338,19 @@ def _segments(T: int) -> int:
     return _cdiv(T, _segment(T))
 
 
+def _cut(T: int, halves: bool) -> int:
+    """Tokens of the first half, in whole chunks, or of a segment."""
+    return _cdiv(T, 2 * CHUNK) * CHUNK if halves else _segment(T)
+
+
 def _strided(x: Tensor | None) -> tuple | None:
     return None if x is None else (x, *x.stride())
 
 
 def _sizes(q: Tensor, v: Tensor, halves: bool) -> tuple[int, ...]:
     """H, T, K, V and SEGMENT, as the kernels take them."""
-    T = q.shape[2]
-    return q.shape[1], T, q.shape[3], v.shape[3], _cdiv(T, 2 * CHUNK) * CHUNK if halves else _segment(T)
+    _, H, T, K = q.shape
+    return H, T, K, v.shape[3], _cut(T, halves)
 
 
 def _grid(v: Tensor, BV: int, halves: bool) -> tuple[int, int, int]:
@@ -400,15 +405,10 @@ def constants(
         "FWD": fwd, "REV": rev, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1, "BK": tile[0], "BV": tile[1],
         "ACC": kernels.tl.float64 if double else kernels.tl.float32,
         "INDEX": kernels.tl.int64 if far else kernels.tl.int32, "DOT": dot, "LIMIT": 2000.0 if double else 300.0,
-        "BOUND": BOUND, "STAGES": STAGES if _ahead(tile, dot) else 1,
+        "BOUND": BOUND, "STAGES": STAGES if dot == "bf16" and tile[0] < MAX_K else 1,
         "num_warps": _warps(tile, dot, "backward" if backward else "forward"), "num_stages": 1,
         "maxnreg": None if backward else REGISTERS.get(tile),
     } | _behind(dependent)  # fmt: skip
-
-
-def _ahead(tile: tuple[int, int], dot: str) -> bool:
-    """Whether inputs are fetched ahead."""
-    return dot == "bf16" and tile[0] < MAX_K
 
 
 def _behind(dependent: bool) -> dict:
@@ -418,7 +418,7 @@ def _behind(dependent: bool) -> dict:
 
 def half_constants(options: dict, dense: bool, second: bool) -> dict:
     """The compile-time constants of `half_kernel`."""
-    ahead = {"STAGES": HALF_STAGES} if _ahead((options["BK"], options["BV"]), options["DOT"]) else {}
+    ahead = {"STAGES": HALF_STAGES} if options["STAGES"] > 1 else {}
     walk = {"DENSE": dense, "SECOND": second, "maxnreg": None}
     kept = {name: options[name] for name in options if name not in ("FWD", "REV")}
     return kept | ahead | walk | _behind(options["DEPENDENT"] and second)
@@ -426,7 +426,7 @@ def half_constants(options: dict, dense: bool, second: bool) -> dict:
 
 def backward_constants(options: dict, halves: bool, dense: bool, second: bool, segments: bool) -> dict:
     """The compile-time constants of `backward_kernel`. segments: whether kernels come before its first walk."""
-    ahead = {"STAGES": STATES_STAGES} if _ahead((options["BK"], options["BV"]), options["DOT"]) and not second else {}
+    ahead = {"STAGES": STATES_STAGES} if options["STAGES"] > 1 and not second else {}
     walk = {"DENSE": dense, "HALVES": halves, "SECOND": second, "BOUND": BOUND_BACKWARD[options["DOT"]]}
     return options | ahead | walk | _behind(options["DEPENDENT"] and (second or segments))
 
