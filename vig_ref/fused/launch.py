@@ -349,8 +349,8 @@ def _strided(x: Tensor | None) -> tuple | None:
 
 def _sizes(q: Tensor, v: Tensor, halves: bool) -> tuple[int, ...]:
     """H, T, K, V and SEGMENT, as the kernels take them."""
-    _, H, T, K = q.shape
-    return H, T, K, v.shape[3], _cut(T, halves)
+    T = q.shape[2]
+    return q.shape[1], T, q.shape[3], v.shape[3], _cut(T, halves)
 
 
 def _grid(v: Tensor, BV: int, halves: bool) -> tuple[int, int, int]:
