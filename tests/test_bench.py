@@ -57,13 +57,11 @@ def test_the_fused_layer_by_hand():
     meet = 2 * 2 * 32 * 64 * 4 / 1024  # float32, of both scans: written where programs meet, and read
     halves = {"forward": forward + meet, "forward+backward": forward + meet + backward + 2 * meet}
     assert traffic.fused(32, 64, 1024, sequences=launch.MANY) == halves
-    assert traffic.fused(32, 64, 1024, sequences=launch.MANY - 1) == traffic.fused(32, 64, 1024) != halves
-    a_state = 32 * 64 * 4 / 256  # float32, of 256 tokens
-    adds = 3 / 4 * (scan + 2 * a_state)  # nothing wants what leaves the last of four segments
-    enters = 2 * a_state  # written and read
-    kept = 2 * a_state  # what enters, found by the forward pass: the backward pass reads it again
-    forward, backward = forward + 2 * (adds + enters), backward + 2 * (adds + enters) + kept
-    assert traffic.fused(32, 64, 1024) == {"forward": forward, "forward+backward": forward + backward}
+    for sequences, tokens in (48, 256), (1, 64):  # of a segment
+        states = 2 * 32 * 64 * 4 / tokens  # float32, of both scans
+        enter = scan + 128 + 4 * states  # both gates; what is added, and what enters, are written and read
+        few = {"forward": forward + enter, "forward+backward": forward + backward + 2 * enter + states}  # S was kept
+        assert traffic.fused(32, 64, 4096, sequences) == few
 
 
 def test_the_naive_layer_by_hand():

@@ -38,6 +38,7 @@ class Launch(NamedTuple):
     sm: int = 90
     segments: bool = False  # T beyond one segment: states enter, and two more kernels run
     halves: bool = False  # T beyond one segment: two programs walk towards each other
+    few: bool = False  # halves of few sequences
     second: bool = True  # the second of two walks
     strided: bool = False  # features apart from each other, and strides beyond 32 bits
     far: bool = False  # offsets beyond 32 bits
@@ -58,6 +59,7 @@ def launches(dtype: str, dot: str) -> list[Launch]:
         ways += [dict(strided=True, far=True, gates=dtype)]  # gates of 16 bits: scratch memory for states
         both += [launch._replace(**way) for launch in both for way in (ways[0], ways[-2], ways[-1])]
         one += [Launch("backward_kernel", parts=True), Launch("segment_kernel"), Launch("combine_kernel")]
+        both += [Launch("half_kernel", halves=True, few=True, **way, **walk) for way in ({}, ways[0]) for walk in walks]
     every = [launch._replace(**way) for launch in (*one[:3], segment) for way in ways]
     return [*half, *one, segment, *both, *every]
 
@@ -81,7 +83,7 @@ def test_every_launch_compiles(tile, dtype, dot):
     for launch, (shared, tensor_cores, fetching, waits) in zip(wanted, compiled, strict=True):
         assert shared <= SHARED_MEMORY, launch
         if dot == "bf16" and tile[0] < MAX_K and launch.kernel != "combine_kernel" and not launch.strided:
-            walks = 1 if launch.kernel in ("half_kernel", "backward_kernel") else sum(launch.directions)
+            walks = sum(launch.directions) if launch.kernel == "forward_kernel" else 1
             assert fetching == walks, launch
             if Version(triton.__version__) >= Version("3.9"):  # all but this: docs/performance.md, "What limits it now"
                 waits = [name for name in waits if not name.startswith("%b_dS")]
@@ -154,13 +156,13 @@ def compile_all(tile, dtype, dot, wanted):
         if kind.kernel == "forward_kernel":
             options |= launch._behind(options["DEPENDENT"] and kind.segments)
         if kind.kernel == "half_kernel":
-            options = launch.half_constants(options, not kind.strided, kind.second)
+            options = launch.half_constants(options, not kind.strided, kind.few, kind.second)
         if backward:
             options = launch.backward_constants(options, kind.halves, not kind.strided, kind.second, kind.segments)
         if kind.kernel == "segment_kernel":
             options = launch.segment_constants(options, kind.own)
         if kind.kernel == "combine_kernel":
-            options = launch.combine_constants(options, kind.own, 64)
+            options = launch.combine_constants(options, kind.own)
         compiler = {key: options.pop(key, None) for key in ("num_warps", "num_stages", "maxnreg", "launch_pdl")}
         signature, constants, attributes = specialise(kernel.arg_names, dtype, kind, options)
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -13,8 +13,6 @@ What is not seen here: the compiler, races, and the arithmetic of bfloat16, whic
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from cases import CHUNK, FUSED_ARITHMETIC, FUSED_DEVICE, LAYERS, device_of, every_second, interpreted
 from test_exact import HALF, dyadic, equal_bits
@@ -32,7 +30,7 @@ LOG2 = float(-HALF)
 @pytest.fixture(params=[False, True], ids=["segments", "halves"])
 def halves(request, monkeypatch):
     """Whether long sequences are halved or cut into segments, however many there are."""
-    monkeypatch.setattr(launch, "MANY", 0 if request.param else 10**9)
+    monkeypatch.setattr(launch, "MANY", 1 if request.param else 10**9)
     return request.param
 
 
@@ -185,39 +183,14 @@ def test_segments_of_several_images_heads_and_blocks_of_v(segments_of, B, K, V, 
 def test_longer_segments_where_there_would_be_too_many(monkeypatch, segments_of):
     segments_of(32)
     monkeypatch.setattr(launch, "MAX_SEGMENTS", 2)
-    assert launch._segment(200) == 128
+    assert launch._segment(200, 2) == 112
     judge(weak(on_device(1, 2, 200, 3, 4)))
 
 
 @pytest.mark.parametrize("tile", launch.TILES)
-def test_combine_kernel_scans_any_number_of_segments(tile):
+def test_combine_kernel_goes_through_all_cells(tile):
     options = launch.constants(tile, "ieee", True, True, backward=False)
-    for segments in range(1, launch.MAX_SEGMENTS + 1):
-        constants = launch.combine_constants(options, False, segments)
-        assert segments <= constants["N"] < 2 * segments
-        assert constants["BV"] % constants["ROWS_AT_ONCE"] == 0
-
-
-@triton.jit
-def in_both_orders(p_decay, p_S, p_difference):
-    i = tl.arange(0, 16)
-    decay_1, decay_2, decay_3 = tl.load(p_decay + i), tl.load(p_decay + 16 + i), tl.load(p_decay + 32 + i)
-    S_1, S_2, S_3 = tl.load(p_S + i), tl.load(p_S + 16 + i), tl.load(p_S + 32 + i)
-    left, S_left = kernels._then(decay_1, S_1, decay_2, S_2)
-    left, S_left = kernels._then(left, S_left, decay_3, S_3)
-    right, S_right = kernels._then(decay_2, S_2, decay_3, S_3)
-    right, S_right = kernels._then(decay_1, S_1, right, S_right)
-    tl.store(p_difference + i, tl.abs(left - right) + tl.abs(S_left - S_right))
-
-
-def test_stretches_of_tokens_combine_in_any_order():
-    """A GPU scans in a tree, the interpreter in a row, which would not see a decay that is combined wrongly."""
-    r = torch.Generator().manual_seed(0)
-    decay = -torch.randint(0, 4, (3, 16), generator=r).float()
-    S = torch.randint(-8, 9, (3, 16), generator=r).float()
-    difference = torch.full((16,), torch.nan, device=FUSED_DEVICE)
-    in_both_orders[(1,)](decay.to(FUSED_DEVICE), S.to(FUSED_DEVICE), difference)
-    assert (difference == 0).all()
+    assert tile[0] * tile[1] % launch.combine_constants(options, False)["CELLS"] == 0
 
 
 def test_segments_of_a_neighbour_do_not_matter(segments_of):
@@ -258,7 +231,7 @@ def test_halves_of_gates_that_lie_differently(segments_of, end):
 def test_gates_of_two_dtypes_are_cut_into_segments(monkeypatch):
     """However many there are: then with the same bits as with both gates in float32."""
     monkeypatch.setattr(launch, "SEGMENT", 32)
-    monkeypatch.setattr(launch, "MANY", 0)
+    monkeypatch.setattr(launch, "MANY", 1)
     q, k, v, g_fwd, g_rev = on_device(1, 1, 49, 3, 4, dtype=torch.float16)[:5]
     got = bidirectional_gla(q, k, v, g_fwd, g_rev.float(), backend="fused")
     monkeypatch.setattr(launch, "MANY", 10**9)
@@ -274,27 +247,42 @@ def test_states_in_between_are_as_precise_as_sums(segments_of):
     assert torch.equal(bidirectional_gla(*x, backend="fused"), wide.half())
 
 
-def test_a_sequence_is_cut_into_few_segments():
-    """Whole chunks of every kernel, no segment without tokens, no more of them than need be, and none longer."""
-    for T in (*range(1, 70_000), 100_000, 5_000_000, 2**31 - 1):
-        tokens, segments = launch._segment(T), launch._segments(T)
-        chunk = C if segments == 1 else launch.LONG_CHUNK
-        assert tokens % chunk == 0, T
+@pytest.mark.parametrize("sequences", [1, 3, 12, 48, launch.MANY - 1])
+def test_a_sequence_is_cut_into_as_many_segments_as_fill_a_gpu(sequences):
+    """Whole chunks, no segment without tokens, none longer than need be, and no more of them than that."""
+    for T in (*range(1, 5000), *range(5000, 300_000, 997), 5_000_000, 2**31 - 1):
+        tokens, segments = launch._segment(T, sequences), launch._segments(T, sequences)
+        assert tokens % C == 0, T
         assert (segments - 1) * tokens < T <= segments * tokens, T
-        wanted = min(-(-T // launch.SEGMENT), launch.MAX_SEGMENTS)
-        assert segments <= wanted, T
-        assert tokens < T / wanted + chunk, T
+        filling = T * sequences / (4 * launch.MANY)
+        longest = min(max(filling, launch.SHORTEST), launch.SEGMENT) if T > launch.SEGMENT else launch.SEGMENT
+        longest = max(longest, T / launch.MAX_SEGMENTS)
+        assert tokens < longest + C, T
+        assert segments < 1 + T / (longest - C), T
+        assert T <= launch.SEGMENT or tokens >= launch.SHORTEST, T
 
 
+def test_segments_of_the_images_that_are_measured():
+    """T1024, T2048, and one such image, whose 48 programs at the usual length would leave most of a GPU idle."""
+    assert [launch._segment(T, sequences) for T, sequences in ((4096, 48), (16384, 12), (16384, 3))] == [256, 256, 96]
+
+
+def test_halves_that_leave_a_scheduler_to_each_warp():
+    v = torch.empty(launch.MANY, 2, 1, 33, device="meta")
+    assert launch._few(v, 64)
+    assert not launch._few(v, 32)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize(("least", "most"), [(2, 256), (17, 256), (257, 65_536), (1024, 4096)])
-def test_any_number_of_tokens_can_be_exported(least, most):
+def test_any_number_of_tokens_can_be_exported(least, most, heads):
     """What torch.export must assume of T to know how many segments there are is where they begin, and no more."""
 
     class Layer(torch.nn.Module):
         def forward(self, *inputs):
             return launch._forward(*inputs, 0.5, "ieee")
 
-    x = on_device(1, 1, most, 3, 4)[:5]
+    x = on_device(1, heads, most, 3, 4)[:5]
     T = torch.export.Dim("T", min=least, max=most)
     torch.export.export(Layer(), x, dynamic_shapes=(({2: T},) * 5,), strict=False)
 

@@ -34,7 +34,8 @@ def floor(K: int, V: int) -> dict[str, int]:
 def fused(K: int, V: int, T: int, sequences: int = 1) -> dict[str, int]:
     """Bytes a token and head that the kernels of `vig_ref/fused` ask for, by pass.
 
-    sequences: batches times heads, times blocks of V; where they are many, long ones are halved.
+    sequences: batches times heads, times blocks of V; where they are many, long ones are halved, and where they are
+        few, segments are shorter.
     """
     from vig_ref.fused import launch  # imported when it is used, as by vig_ref.ops
 
@@ -44,13 +45,12 @@ def fused(K: int, V: int, T: int, sequences: int = 1) -> dict[str, int]:
     forward = floor(K, V)["forward"] + (2 * K + V) * BF16 + share  # q, k and v by both scans
     backward = floor(K, V)["forward+backward"] - floor(K, V)["forward"] + 2 * scan + 2 * state
     whole = K * V * FP32  # a state in full
-    tokens, segments = launch._segment(T), launch._segments(T)
+    segments = launch._segments(T, sequences)
     if segments > 1 and sequences >= launch.MANY:  # where two programs meet, each leaves its state, and takes it up
         forward += 2 * 2 * whole // T
         backward += 2 * 2 * 2 * whole // T
-    elif segments > 1:  # what each segment but the last adds to a state, and what enters each, are written and read
-        again = T + (segments - 2) * tokens  # tokens of both directions: all but the first or the last segment
-        enter = (again * scan + 2 * (2 * (segments - 1) + 2 * segments) * whole) // T
+    elif segments > 1:  # what each segment adds to both states, and what enters each, are written and read
+        enter = scan + K * FP32 + 2 * 4 * segments * whole // T  # in one walk: both gates
         forward += enter
         backward += enter + 2 * segments * whole // T  # S was kept: it is but read
     return _passes(forward, backward)
@@ -101,12 +101,12 @@ def _passes(forward: int, backward: int) -> dict[str, int]:
     return dict(zip(PASSES, (forward, forward + backward), strict=True))
 
 
-def table(K: int = 32, V: int = 64, T: int = 196, long: int = 1024) -> str:
+def table(K: int = 32, V: int = 64, T: int = 196, long: int = 4096, few: int = 48) -> str:
     """The count as a Markdown table, with the factor over the floor."""
     rows = {
         "naive": eager(naive.bidirectional_gla, K, V, T), "chunked": eager(chunked.bidirectional_gla, K, V, T),
-        f"fused, cut into segments (T = {long})": fused(K, V, long),
-        f"fused, cut into halves (T = {long})": fused(K, V, long, sequences=10**9),
+        f"fused, cut into segments (T = {long:,}, {few} sequences)": fused(K, V, long, few),
+        f"fused, cut into halves (T = {long:,})": fused(K, V, long, sequences=10**9),
         f"fused, in one piece (T = {T})": fused(K, V, T),
         "floor": floor(K, V),
     }  # fmt: skip

@@ -66,17 +66,22 @@ def _first_and_last_half(C: tl.constexpr):
 
 
 @triton.jit
-def _advance(S, before, g, BV: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
-    """A state from the previous chunk's middle to this one's.
+def _between(before, g, BK: tl.constexpr, DOT: tl.constexpr):
+    """The sum of all gates between the previous chunk's middle and this one's, and the sum behind this one.
 
-    before `[ROWS / 2, BK]`, equal rows: the sum of the gates behind the previous middle, not yet in S.
-    Returns S, the sum of all gates between the two middles, and the sum behind this one.
+    before `[ROWS / 2, BK]`, equal rows: the sum of the gates behind the previous middle.
 
     One product sums both halves, in rows 0 to 7 and 8 to 15: see `ROWS`.
     """
     halves = sums(_first_and_last_half(g.shape[0]), g, DOT)
     first, last = tl.split(tl.permute(tl.reshape(halves, (2, ROWS // 2, BK)), (1, 2, 0)))
-    between = before + first
+    return before + first, last
+
+
+@triton.jit
+def _advance(S, before, g, BV: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
+    """A state from the previous chunk's middle to this one's; and what `_between` returns."""
+    between, last = _between(before, g, BK, DOT)
     return scale_columns(S, exp2(between, DOT), BV, BK), between, last
 
 
@@ -95,35 +100,53 @@ def _reads(C: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def _prepare(
+    q, k, g, at, before, scale, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr
+):  # fmt: skip
+    """All of a chunk that needs neither state nor v: q exp(b), k exp(-b), A, rounded; and what `_between` returns."""
+    b_q = load(q, at, T, K, C, BK)
+    b_k = load(k, at, T, K, C, BK)
+    b_g = load_gate(g, at, T, K, C, BK, ACC)
+    between, behind = _between(before, b_g, BK, DOT)
+    b = sums(_middle(C, False), b_g, DOT)
+    b_qE = operand(b_q.to(ACC) * (exp2(b, DOT) * scale), ACC, DOT)
+    b_kE = operand(b_k.to(ACC) * exp2(negative(b), DOT), ACC, DOT)
+    A = dot(b_qE, tl.trans(b_kE), tl.zeros((C, C), ACC), DOT)
+    return b_qE, b_kE, operand(tl.where(_reads(C, False), A, 0.0), ACC, DOT), between, behind
+
+
+@triton.jit
 def forward_anchored(
     q, k, v, g, o, share, S, scale, first, count, step, T, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One scan along a walk of `count` chunks from `first` on, plus share. S: the state that enters.
 
+    EARLY: a chunk is prepared beside the products of the one before, which do not wait for it: faster where a warp has
+    its scheduler to itself. The last one is prepared again at the end, for nothing.
     Returns the state that leaves, and the smallest exponents met.
     """
     before = tl.zeros((ROWS // 2, BK), ACC)
     lowest = before  # of the sums of gates between two middles
+    if EARLY:
+        b_qE, b_kE, A, between, before = _prepare(q, k, g, chunk(first, step, C), before, scale, T, K, C, BK, ACC, DOT)
     for i in tl.range(count, num_stages=STAGES):
         at = chunk(first + i * step, step, C)
-        b_q = load(q, at, T, K, C, BK)
-        b_k = load(k, at, T, K, C, BK)
         b_v = load(v, at, T, V, C, BV)
         b_vT = load(v, at, T, V, C, BV, TRANSPOSED=True)  # one load in two layouts could not be fetched ahead
-        b_g = load_gate(g, at, T, K, C, BK, ACC)
-        S, between, before = _advance(S, before, b_g, BV, BK, DOT)
+        if not EARLY:
+            b_qE, b_kE, A, between, before = _prepare(q, k, g, at, before, scale, T, K, C, BK, ACC, DOT)
         lowest = least(lowest, between)
-        b = sums(_middle(C, False), b_g, DOT)
-        b_qE = b_q.to(ACC) * (exp2(b, DOT) * scale)
-        b_kE = b_k.to(ACC) * exp2(negative(b), DOT)
-        A = dot(b_qE, tl.trans(b_kE), tl.zeros((C, C), ACC), DOT)
-        # Both rounded here: they go to other threads before the next products, and together wait at one barrier.
+        S = scale_columns(S, exp2(between, DOT), BV, BK)
+        # Rounded here, as A was: both go to other threads before the next products, and together wait at one barrier.
         b_ST = operand(tl.trans(S), ACC, DOT)
-        A = operand(tl.where(_reads(C, False), A, 0.0), ACC, DOT)
         b_o = dot(b_qE, b_ST, other_share(share, at, T, V, C, BV, ACC), DOT)
         S = dot(b_vT, b_kE, S, DOT)
         b_o = dot(A, b_v, b_o, DOT)
+        if EARLY:
+            there = chunk(first + tl.minimum(i + 1, count - 1) * step, step, C)
+            b_qE, b_kE, A, between, before = _prepare(q, k, g, there, before, scale, T, K, C, BK, ACC, DOT)
         store_share(o, b_o, at, T, V, C, BV)
     return scale_columns(S, exp2(before, DOT), BV, BK), least(lowest, before)
 

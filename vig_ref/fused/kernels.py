@@ -38,6 +38,7 @@ from vig_ref.fused.anchored import forward_anchored, gradients_anchored, least, 
 from vig_ref.fused.blocks import (
     ROWS,
     ahead,
+    carry,
     chunk,
     dot,
     entering,
@@ -69,10 +70,14 @@ def _exact(lowest, BOUND: tl.constexpr):
 
 
 @triton.jit
-def _program(H, INDEX: tl.constexpr):
-    """Of a program: its batch, head, block of V, segment (of halves: its own direction), and the first three as one."""
-    i_bh, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    i_s = (tl.num_programs(2) - 1 - tl.program_id(2)).to(INDEX)
+def _program(H, INDEX: tl.constexpr, BACK: tl.constexpr = False):
+    """Of a program: its batch, head, block of V, segment (of halves: its own direction), and the first three as one.
+
+    BACK: in the opposite order. What the kernel before read or wrote last may still be in the L2 cache.
+    """
+    i_bh, i_v, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(INDEX)
+    if BACK:
+        i_bh, i_s = tl.num_programs(0) - 1 - i_bh, tl.num_programs(2) - 1 - i_s
     return i_bh // H, i_bh % H, i_v, i_s, i_bh * tl.num_programs(1) + i_v
 
 
@@ -115,7 +120,7 @@ def forward_kernel(
     SEGMENT: tokens of a segment of this call. INDEX: the integers of tokens, and of all offsets inside a sequence.
     """
     _wait(DEPENDENT)
-    i_b, i_h, i_v, i_s, i_block = _program(H, INDEX)
+    i_b, i_h, i_v, i_s, i_block = _program(H, INDEX, True)
     q, k = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0)
     v, o = sequence(v, i_b, i_h, i_v * BV), sequence(o, i_b, i_h, i_v * BV)
     share = sequence(share, i_b, i_h, i_v * BV)
@@ -129,15 +134,16 @@ def forward_kernel(
         g_rev = sequence(g_rev, i_b, i_h, 0)
         S = entering(p_S_enter, i_rev, BV, BK, ACC)
         _, lowest = forward_anchored(
-            q, k, v, g_rev, share, None, S, scale, end, count, -1, T, K, V, C, BK, BV, ACC, DOT, STAGES
+            q, k, v, g_rev, share, None, S, scale, end, count, -1, T, K, V, C, BK, BV, ACC, DOT, STAGES, False
         )
     tl.debug_barrier()  # what some threads of the program wrote, others read below
     if FWD:
         g_fwd = sequence(g_fwd, i_b, i_h, 0)
         S = entering(p_S_enter, i_fwd, BV, BK, ACC)
         _, lowest_fwd = forward_anchored(
-            q, k, v, g_fwd, o, share if REV else None, S, scale, start, count, 1, T, K, V, C, BK, BV, ACC, DOT, STAGES
-        )
+            q, k, v, g_fwd, o, share if REV else None, S, scale, start, count, 1, T, K, V,
+            C, BK, BV, ACC, DOT, STAGES, False,
+        )  # fmt: skip
         lowest = least(lowest, lowest_fwd)
     if not _exact(lowest, BOUND):
         tl.debug_barrier()  # the fast path's last reads come before what is written over them
@@ -159,8 +165,8 @@ def forward_kernel(
 def half_kernel(
     q, k, v, g_fwd, g_rev, o, share, p_S_meet, scale, H, T, K, V, SEGMENT,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-    DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
-    DENSE: tl.constexpr, SECOND: tl.constexpr,
+    DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    DEPENDENT: tl.constexpr, DENSE: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
     """`forward_kernel` for two halves, of SEGMENT tokens and of the rest, in two launches.
 
@@ -168,7 +174,7 @@ def half_kernel(
     it leaves its share of o; the second time it finds the other scan's.  p_S_meet: the state of each in between.
     """
     _wait(DEPENDENT)
-    i_b, i_h, i_v, i_direction, i_block = _program(H, INDEX)
+    i_b, i_h, i_v, i_direction, i_block = _program(H, INDEX, SECOND)
     step = 1 - 2 * i_direction.to(tl.int32)  # 0 is the forward scan, which begins in half 0
     q, k = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0)
     v, o = sequence(v, i_b, i_h, i_v * BV), sequence(o, i_b, i_h, i_v * BV)
@@ -181,7 +187,7 @@ def half_kernel(
     S = tl.zeros((BV, BK), ACC)
     if SECOND:
         _, lowest = forward_anchored(
-            q, k, v, g, o, share, tl.load(p_S), scale, first, count, step, T, K, V, C, BK, BV, ACC, DOT, STAGES
+            q, k, v, g, o, share, tl.load(p_S), scale, first, count, step, T, K, V, C, BK, BV, ACC, DOT, STAGES, EARLY
         )
         if not _exact(lowest, BOUND):
             # The other share may be overwritten. That scan begins in this half.
@@ -198,7 +204,7 @@ def half_kernel(
             )  # fmt: skip
     else:
         S_end, lowest = forward_anchored(
-            q, k, v, g, share, None, S, scale, first, count, step, T, K, V, C, BK, BV, ACC, DOT, STAGES
+            q, k, v, g, share, None, S, scale, first, count, step, T, K, V, C, BK, BV, ACC, DOT, STAGES, EARLY
         )
         if not _exact(lowest, BOUND):
             tl.debug_barrier()
@@ -224,7 +230,7 @@ def backward_kernel(
     p_exact: for each segment, whether the first walk found the fast path exact. Both walks meet the same sums of gates.
     """
     _wait(DEPENDENT)
-    i_b, i_h, i_v, i_s, i_block = _program(H, INDEX)
+    i_b, i_h, i_v, i_s, i_block = _program(H, INDEX, not SECOND)
     q, k = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0)
     v, do = sequence(v, i_b, i_h, i_v * BV), sequence(do, i_b, i_h, i_v * BV)
     i_part = i_v * (tl.num_programs(0) // H) + i_b  # every block of V has its own dq, dk and dg: stacked along B
@@ -299,101 +305,78 @@ def backward_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def _add_up(
-    x, y, g, first, count, step, T, K, V,
-    OWN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """What the chunks of a walk alone add to a state that comes towards it, and the log decay across them.
-
-    y^T (x * decay to where the walk begins): a plain sum, no exponent positive. decay is from the chunk at hand to
-    there. x, y, OWN: see `segment_kernel`.
-    """
-    S = tl.zeros((BV, BK), ACC)
-    decay = tl.zeros((ROWS, BK), ACC)
-    for i in tl.range(count, num_stages=STAGES):
-        at = chunk(first + i * step, step, C)
-        b_g = load_any_gate(g, at, T, K, C, BK, ACC, LIMIT)
-        b = tl.reshape(sums(ahead(True, OWN, C), b_g, DOT), (C // ROWS, ROWS, BK)) + decay[None, :, :]
-        b_xE = load(x, at, T, K, C, BK).to(ACC) * exp2(tl.reshape(b, (C, BK)), DOT)
-        S = dot(load(y, at, T, V, C, BV, TRANSPOSED=True), b_xE, S, DOT)
-        decay += total(b_g, DOT)
-    return S, decay
-
-
 @triton.jit(do_not_specialize=SIZES)
 def segment_kernel(
     x, y, g_fwd, g_rev, p_state, p_total, scale, H, T, K, V, SEGMENT,
     FWD: tl.constexpr, REV: tl.constexpr, OWN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What one segment alone adds to the state of one direction, and the log decay across it.
+    """What one segment alone adds to the states of both directions, and the log decays across it.
 
     The states are S, with x = k and y = v, or with OWN their gradients dS, with x = q and y = do, which go the other
     way and are decayed by the token's own gate too. scale: the factor of x, 1 for S and the operator's for dS.
-    There is no program for the segment that a state comes to last: what leaves it enters no other.
+
+    One walk to the right, in which no exponent is positive: along goes the state that goes to the right, S_fwd or
+    dS_rev. To the other each chunk adds its share, decayed by all gates to the left of it.
     """
-    i_row, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    i_bh, i_direction = i_row // 2, i_row % 2
-    i_b, i_h = i_bh // H, i_bh % H
-    # A state that goes to the left comes to the first one last.
-    i_s = (tl.program_id(2) + (i_direction == (0 if OWN else 1))).to(INDEX)
-    i_own = ((i_bh * tl.num_programs(1) + i_v) * 2 + i_direction) * (tl.num_programs(2) + 1) + i_s
+    i_b, i_h, i_v, i_s, i_block = _program(H, INDEX)
     start, count = _chunks(i_s, T, SEGMENT, C)
-    end = start + count - 1
-    S = tl.zeros((BV, BK), ACC)
-    decay = tl.zeros((ROWS, BK), ACC)
     x, y = sequence(x, i_b, i_h, 0), sequence(y, i_b, i_h, i_v * BV)
     V -= i_v * BV
-    if FWD:  # the walk goes towards the state: S_fwd goes to the right, dS_fwd to the left
+    if FWD:
         g_fwd = sequence(g_fwd, i_b, i_h, 0)
-        if i_direction == 0:
-            S, decay = _add_up(
-                x, y, g_fwd, start if OWN else end, count, 1 if OWN else -1, T, K, V,
-                OWN, C, BK, BV, ACC, DOT, LIMIT, STAGES,
-            )  # fmt: skip
     if REV:
         g_rev = sequence(g_rev, i_b, i_h, 0)
-        if i_direction == 1:
-            S, decay = _add_up(
-                x, y, g_rev, end if OWN else start, count, -1 if OWN else 1, T, K, V,
-                OWN, C, BK, BV, ACC, DOT, LIMIT, STAGES,
-            )  # fmt: skip
-    tl.store(scratch(p_state, i_own, BV, BK), S * scale)
-    row = tl.arange(0, ROWS)[:, None]
-    tl.store(p_total + i_own * BK + tl.arange(0, BK)[None, :] + 0 * row, decay, mask=row == 0)  # rows are equal
-
-
-@triton.jit
-def _then(decay_1, S_1, decay_2, S_2):
-    """One stretch of tokens, then another: decays multiply, and the first one's state is decayed by the second."""
-    return decay_1 + decay_2, tl.exp2(decay_2) * S_1 + S_2
+    g_along, g_towards = (g_rev, g_fwd) if OWN else (g_fwd, g_rev)
+    ALONG: tl.constexpr = REV if OWN else FWD
+    TOWARDS: tl.constexpr = FWD if OWN else REV
+    S_along = tl.zeros((BV, BK), ACC)
+    S_towards = S_along
+    decay_along = tl.zeros((ROWS, BK), ACC)
+    decay_towards = decay_along
+    for i in tl.range(count, num_stages=STAGES):
+        at = chunk(start + i, 1, C)
+        b_x = load(x, at, T, K, C, BK).to(ACC)
+        b_yT = load(y, at, T, V, C, BV, TRANSPOSED=True)
+        if ALONG:
+            b_g = load_any_gate(g_along, at, T, K, C, BK, ACC, LIMIT)
+            S_along = carry(S_along, b_g, b_x, tl.trans(b_yT), OWN, DOT)
+            decay_along += total(b_g, DOT)
+        if TOWARDS:
+            b_g = load_any_gate(g_towards, at, T, K, C, BK, ACC, LIMIT)
+            b_xE = b_x * exp2(sums(ahead(True, OWN, C), b_g, DOT) + decay_towards, DOT)
+            S_towards = dot(b_yT, b_xE, S_towards, DOT)
+            decay_towards += total(b_g, DOT)
+    i_fwd = i_block * 2 * tl.num_programs(2) + i_s
+    i_rev = i_fwd + tl.num_programs(2)
+    i_along, i_towards = (i_rev, i_fwd) if OWN else (i_fwd, i_rev)
+    row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, BK)[None, :]  # rows are equal
+    if ALONG:
+        tl.store(scratch(p_state, i_along, BV, BK), S_along * scale)
+        tl.store(p_total + i_along * BK + col + 0 * row, decay_along, mask=row == 0)
+    if TOWARDS:
+        tl.store(scratch(p_state, i_towards, BV, BK), S_towards * scale)
+        tl.store(p_total + i_towards * BK + col + 0 * row, decay_towards, mask=row == 0)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
     p_state, p_total, SEGMENTS,
-    OWN: tl.constexpr, N: tl.constexpr, ROWS_AT_ONCE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    OWN: tl.constexpr, CELLS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
+    UNROLL: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """From what each segment adds to the states that enter each, in place: a scan over N >= SEGMENTS of them.
-
-    A program does some rows of one state, in all segments.
-    """
+    """From what each segment adds to a state to what enters each, in place. A program does some cells of one state."""
     _wait(DEPENDENT)
-    i_block, i_direction, i_row = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    i_own = (i_block * 2 + i_direction) * SEGMENTS
-    position = tl.arange(0, N)
-    # In the order of the scan: S_fwd and dS_rev go to the right. What enters a segment left its predecessor: `last`.
-    to_right = i_direction == (1 if OWN else 0)
-    segment = tl.where(to_right, position, SEGMENTS - 1 - position)
-    last = (i_own + tl.where(to_right, segment - 1, segment + 1))[:, None]
-    there = ((position > 0) & (position < SEGMENTS))[:, None]
-    cells = tl.arange(0, ROWS_AT_ONCE * BK)[None, :]
-    cell = i_row * ROWS_AT_ONCE * BK + cells
-    decay = tl.load(p_total + last * BK + cells % BK, mask=there, other=0.0)
-    S = tl.load(p_state + last * BV * BK + cell, mask=there, other=0.0)
-    _, S = tl.associative_scan((decay, S), 0, _then)
-    tl.debug_barrier()  # all have read before any writes
-    tl.store(p_state + (i_own + segment)[:, None] * BV * BK + cell, S, mask=(position < SEGMENTS)[:, None])
+    i_block, i_direction = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    cell = tl.program_id(2) * CELLS + tl.arange(0, CELLS)
+    step = 1 if i_direction == (1 if OWN else 0) else -1  # the scan's: S_fwd and dS_rev go to the right
+    first = (i_block * 2 + i_direction) * SEGMENTS + _first(0, SEGMENTS, step)
+    p_enter = p_state + first * BV * BK + cell  # apart from what is loaded: addresses are not fetched ahead
+    S = tl.zeros((CELLS,), p_state.dtype.element_ty)
+    for i in tl.range(SEGMENTS, num_stages=STAGES, loop_unroll_factor=UNROLL):
+        i_own = first + i * step
+        decay = tl.load(p_total + i_own * BK + cell % BK)
+        added = tl.load(p_state + i_own * BV * BK + cell)
+        tl.store(p_enter, S)
+        S = tl.exp2(decay) * S + added
+        p_enter += step * BV * BK

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 from torch.autograd import forward_ad
 from triton.runtime.interpreter import InterpretedFunction
@@ -16,16 +15,13 @@ from vig_ref.fused import kernels
 #: Tokens per chunk: the smallest tile that the tensor cores take. Less is forgotten, so that the fast path serves
 #: more gates, and a program needs fewer registers.
 CHUNK = 16
-#: Tokens per chunk in `segment_kernel` with bfloat16: it has no fast path to mind. Where there are several segments
-#: they are multiples of it, whatever the dtype.
-LONG_CHUNK = 2 * CHUNK
 
 
 class Warps(NamedTuple):
     """Warps of a program: with bfloat16; with tf32; without tensor cores."""
 
-    forward: int
-    backward: int  # and in `segment_kernel`
+    forward: int  # and in `segment_kernel`
+    backward: int
     tf32: int
     ieee: int
 
@@ -34,16 +30,17 @@ class Warps(NamedTuple):
 #: than all is cut into blocks. The first two are the heads of ViG-H and ViG. (With tf32, products of 64 rows by four
 #: warps are wrong in Triton 3.6.)
 TILES = {(16, 32): Warps(1, 2, 4, 4), (32, 64): Warps(2, 4, 2, 4), (128, 32): Warps(4, 8, 8, 8)}
-#: Registers of a thread in the forward pass, where the compiler would take more than it needs: six programs of two
-#: warps, twelve of one, then share a multiprocessor. With fewer, or with so many in other kernels, programs spill.
+#: Registers of a thread in the forward pass and in `segment_kernel`, where the compiler would take more than it needs:
+#: six programs of two warps, twelve of one, then share a multiprocessor. With fewer, or so many elsewhere, they spill.
 REGISTERS = {(16, 32): 168, (32, 64): 168}
 MAX_K = max(BK for BK, _ in TILES)
-#: Tokens of a sequence that is not cut, and of a segment at most, unless that makes more than MAX_SEGMENTS. A multiple
-#: of LONG_CHUNK.
+#: Tokens of a sequence that is not cut, and of a segment at most, unless that makes more than MAX_SEGMENTS, through
+#: which `combine_kernel` goes one by one. Where tokens are few, segments are shorter, but not below SHORTEST.
 SEGMENT = 256
-MAX_SEGMENTS = 256
+SHORTEST = 64
+MAX_SEGMENTS = 1024
 #: So many sequences (of each batch, head and block of V) fill a GPU with two programs each: about one for each of its
-#: multiprocessors. Then a long one is only halved.
+#: multiprocessors. Then a long one is only halved. Four segments for each multiprocessor fill it, too.
 MANY = 128
 #: The smallest exponent, in base 2, with which the fast path may go on: a sum of gates between the middles of
 #: neighbouring chunks, or from the last middle to the end. The forward pass needs exp(-b) to stay far below the largest
@@ -126,7 +123,8 @@ def _forward(
                 S_meet = _meeting(q, v)
                 for second in (False, True):
                     kernels.half_kernel[grid](
-                        *tensors, S_meet, scale, *sizes, **half_constants(options, _dense(g_fwd, g_rev), second)
+                        *tensors, S_meet, scale, *sizes,
+                        **half_constants(options, _dense(g_fwd, g_rev), _few(v, options["BV"]), second),
                     )
             else:
                 _enter(k, v, g_fwd, g_rev, 1.0, S_enter, False, options)
@@ -178,12 +176,13 @@ def _enter(
         return
     blocks, _, segments, BV, _ = enter.shape
     decay = _decays(enter)
-    kernels.segment_kernel[2 * x.shape[0] * x.shape[1], _grid(y, BV, False)[1], segments - 1](
+    kernels.segment_kernel[_grid(y, BV, False)](
         *(_strided(each) for each in (x, y, g_fwd, g_rev)), enter, decay, scale, *_sizes(x, y, False),
         **segment_constants(options, own),
     )  # fmt: skip
-    constants = combine_constants(options, own, segments)
-    kernels.combine_kernel[blocks, 2, BV // constants["ROWS_AT_ONCE"]](enter, decay, segments, **constants)
+    constants = combine_constants(options, own)
+    grid = blocks, 2, BV * options["BK"] // constants["CELLS"]
+    kernels.combine_kernel[grid](enter, decay, segments, **constants)
 
 
 @_forward.register_fake
@@ -247,16 +246,19 @@ def _halves(q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None) ->
     both = g_fwd is not None and g_rev is not None and g_fwd.dtype == g_rev.dtype
     if not both or v.shape[2] <= SEGMENT:
         return False
-    BH, blocks, _ = _grid(v, _tile(q, v)[1], True)
-    return BH * blocks >= MANY
+    return _sequences(v, _tile(q, v)[1]) >= MANY
+
+
+def _few(v: Tensor, BV: int) -> bool:
+    """Whether a GPU's schedulers, four to a multiprocessor, have one warp each if all halves' programs are of one."""
+    return 2 * _sequences(v, BV) <= 4 * MANY
 
 
 def _meeting(q: Tensor, v: Tensor) -> Tensor:
     """Memory for the states with which programs meet, `[B * H * blocks of V, directions, BV, BK]`."""
     BK, BV = _tile(q, v)
-    BH, blocks, _ = _grid(v, BV, True)
     wide = torch.promote_types(v.dtype, torch.float32)
-    return v.new_empty(BH * blocks, 2, BV, BK, dtype=wide)
+    return v.new_empty(_sequences(v, BV), 2, BV, BK, dtype=wide)
 
 
 def _dense(g_fwd: Tensor | None, g_rev: Tensor | None) -> bool:
@@ -295,7 +297,7 @@ def _states(q: Tensor, v: Tensor, grads: list[Tensor], options: dict, halves: bo
     if full and options["DOT"] == "bf16" and all(dg.dtype == torch.float32 for dg in grads[3:]):
         return v.new_empty(0)
     BH, blocks, segments = _grid(v, BV, halves)
-    chunks = segments * (_cut(v.shape[2], halves) // options["C"])
+    chunks = segments * (_cut(v, BV, halves) // options["C"])
     return v.new_empty(BH * blocks * chunks, BV, BK, dtype=_rounded(v, options))
 
 
@@ -321,26 +323,30 @@ def _cdiv(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
-def _segment(T: int) -> int:
+def _longest(T: int, sequences: int) -> int:
+    """Tokens of a segment at most: whole chunks.
+
+    A formula without conditions, whose least and largest values torch.export finds: so it need not know T.
+    """
+    filling = T * sequences // (4 * MANY * CHUNK) * CHUNK
+    fewest = _cdiv(T, MAX_SEGMENTS * CHUNK) * CHUNK
+    return torch.sym_max(torch.sym_min(SEGMENT, torch.sym_max(SHORTEST, filling)), fewest)
+
+
+def _segments(T: int, sequences: int) -> int:
+    """How many there are. sequences: see `_sequences`."""
+    return 1 if T <= SEGMENT else 1 + (T - 1) // _longest(T, sequences)  # as torch.export sees that they are several
+
+
+def _segment(T: int, sequences: int) -> int:
     """Tokens per segment: whole chunks, and no more than the number of segments needs."""
-    if T <= SEGMENT:
-        return _cdiv(T, CHUNK) * CHUNK
-    segments = min(_cdiv(T, SEGMENT), MAX_SEGMENTS)
-    return _cdiv(T, segments * LONG_CHUNK) * LONG_CHUNK
+    return _cdiv(T, _segments(T, sequences) * CHUNK) * CHUNK
 
 
-def _segments(T: int) -> int:
-    """How many there are, none of them empty: _cdiv(T, _segment(T)), as a formula that torch.export can solve for T."""
-    if T <= SEGMENT:
-        return 1
-    if T <= SEGMENT * MAX_SEGMENTS:
-        return _cdiv(T, SEGMENT)
-    return _cdiv(T, _segment(T))
-
-
-def _cut(T: int, halves: bool) -> int:
+def _cut(v: Tensor, BV: int, halves: bool) -> int:
     """Tokens of the first half, in whole chunks, or of a segment."""
-    return _cdiv(T, 2 * CHUNK) * CHUNK if halves else _segment(T)
+    T = v.shape[2]
+    return _cdiv(T, 2 * CHUNK) * CHUNK if halves else _segment(T, _sequences(v, BV))
 
 
 def _strided(x: Tensor | None) -> tuple | None:
@@ -349,13 +355,18 @@ def _strided(x: Tensor | None) -> tuple | None:
 
 def _sizes(q: Tensor, v: Tensor, halves: bool) -> tuple[int, ...]:
     """H, T, K, V and SEGMENT, as the kernels take them."""
-    T = q.shape[2]
-    return q.shape[1], T, q.shape[3], v.shape[3], _cut(T, halves)
+    return q.shape[1], q.shape[2], q.shape[3], v.shape[3], _cut(v, _tile(q, v)[1], halves)
 
 
 def _grid(v: Tensor, BV: int, halves: bool) -> tuple[int, int, int]:
     """One program per (batch, head), block of V and segment, or one for each scan of two halves."""
-    return v.shape[0] * v.shape[1], _cdiv(v.shape[3], BV), 2 if halves else _segments(v.shape[2])
+    pieces = 2 if halves else _segments(v.shape[2], _sequences(v, BV))
+    return v.shape[0] * v.shape[1], _cdiv(v.shape[3], BV), pieces
+
+
+def _sequences(v: Tensor, BV: int) -> int:
+    """Of each batch, head and block of V."""
+    return v.shape[0] * v.shape[1] * _cdiv(v.shape[3], BV)
 
 
 def _options(
@@ -416,10 +427,10 @@ def _behind(dependent: bool) -> dict:
     return {"DEPENDENT": dependent, "launch_pdl": dependent}
 
 
-def half_constants(options: dict, dense: bool, second: bool) -> dict:
-    """The compile-time constants of `half_kernel`."""
+def half_constants(options: dict, dense: bool, few: bool, second: bool) -> dict:
+    """The compile-time constants of `half_kernel`. few: see `_few`."""
     ahead = {"STAGES": HALF_STAGES} if options["STAGES"] > 1 else {}
-    walk = {"DENSE": dense, "SECOND": second, "maxnreg": None}
+    walk = {"DENSE": dense, "SECOND": second, "EARLY": few and options["BK"] < 32, "maxnreg": None}
     kept = {name: options[name] for name in options if name not in ("FWD", "REV")}
     return kept | ahead | walk | _behind(options["DEPENDENT"] and second)
 
@@ -438,16 +449,14 @@ def _warps(tile: tuple[int, int], dot: str, kind: str) -> int:
 
 def segment_constants(options: dict, own: bool) -> dict:
     """The compile-time constants of `segment_kernel`."""
-    long = options["DOT"] == "bf16"
-    kept = {name: options[name] for name in ("FWD", "REV", "BK", "BV", "ACC", "INDEX", "DOT", "LIMIT")}
+    tile = options["BK"], options["BV"]
+    kept = {name: options[name] for name in ("FWD", "REV", "C", "BK", "BV", "ACC", "INDEX", "DOT", "LIMIT", "STAGES")}
     return kept | {
-        "OWN": own, "C": LONG_CHUNK if long else CHUNK, "STAGES": STAGES if long else 1,
-        "num_warps": _warps((options["BK"], options["BV"]), options["DOT"], "backward"),
+        "OWN": own, "num_warps": _warps(tile, options["DOT"], "forward"), "maxnreg": REGISTERS.get(tile),
     }  # fmt: skip
 
 
-def combine_constants(options: dict, own: bool, segments: int) -> dict:
-    """The compile-time constants of `combine_kernel`: as many rows of a state at once as make 4096 numbers."""
-    BK, BV, N = options["BK"], options["BV"], triton.next_power_of_2(segments)
+def combine_constants(options: dict, own: bool) -> dict:
+    """The compile-time constants of `combine_kernel`."""
     kept = {name: options[name] for name in ("BK", "BV", "DEPENDENT", "launch_pdl")}
-    return kept | {"OWN": own, "N": N, "ROWS_AT_ONCE": min(BV, max(1, 4096 // (N * BK))), "num_warps": 4}
+    return kept | {"OWN": own, "CELLS": 128, "STAGES": 4, "UNROLL": 4, "num_warps": 1}
