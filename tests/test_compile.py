@@ -38,7 +38,7 @@ class Launch(NamedTuple):
     sm: int = 90
     segments: bool = False  # T beyond one segment: states enter, and two more kernels run
     halves: bool = False  # T beyond one segment: two programs walk towards each other
-    few: bool = False  # halves of few sequences
+    few: bool = False  # programs
     second: bool = True  # the second of two walks
     strided: bool = False  # features apart from each other, and strides beyond 32 bits
     far: bool = False  # offsets beyond 32 bits
@@ -59,6 +59,7 @@ def launches(dtype: str, dot: str) -> list[Launch]:
         ways += [dict(strided=True, far=True, gates=dtype)]  # gates of 16 bits: scratch memory for states
         both += [launch._replace(**way) for launch in both for way in (ways[0], ways[-2], ways[-1])]
         one += [Launch("backward_kernel", parts=True), Launch("segment_kernel"), Launch("combine_kernel")]
+        one += [Launch("segment_kernel", few=True), Launch("segment_kernel", few=True, sm=80)]
         both += [Launch("half_kernel", halves=True, few=True, **way, **walk) for way in ({}, ways[0]) for walk in walks]
     every = [launch._replace(**way) for launch in (*one[:3], segment) for way in ways]
     return [*half, *one, segment, *both, *every]
@@ -160,7 +161,7 @@ def compile_all(tile, dtype, dot, wanted):
         if backward:
             options = launch.backward_constants(options, kind.halves, not kind.strided, kind.second, kind.segments)
         if kind.kernel == "segment_kernel":
-            options = launch.segment_constants(options, kind.own)
+            options = launch.segment_constants(options, kind.own, kind.few)
         if kind.kernel == "combine_kernel":
             options = launch.combine_constants(options, kind.own)
         compiler = {key: options.pop(key, None) for key in ("num_warps", "num_stages", "maxnreg", "launch_pdl")}

@@ -34,8 +34,7 @@ def floor(K: int, V: int) -> dict[str, int]:
 def fused(K: int, V: int, T: int, sequences: int = 1) -> dict[str, int]:
     """Bytes a token and head that the kernels of `vig_ref/fused` ask for, by pass.
 
-    sequences: batches times heads, times blocks of V; where they are many, long ones are halved, and where they are
-        few, segments are shorter.
+    sequences: batches times heads, times blocks of V; where they are many, long ones are halved.
     """
     from vig_ref.fused import launch  # imported when it is used, as by vig_ref.ops
 
@@ -45,7 +44,7 @@ def fused(K: int, V: int, T: int, sequences: int = 1) -> dict[str, int]:
     forward = floor(K, V)["forward"] + (2 * K + V) * BF16 + share  # q, k and v by both scans
     backward = floor(K, V)["forward+backward"] - floor(K, V)["forward"] + 2 * scan + 2 * state
     whole = K * V * FP32  # a state in full
-    segments = launch._segments(T, sequences)
+    segments = launch._segments(T)
     if segments > 1 and sequences >= launch.MANY:  # where two programs meet, each leaves its state, and takes it up
         forward += 2 * 2 * whole // T
         backward += 2 * 2 * 2 * whole // T
@@ -101,12 +100,12 @@ def _passes(forward: int, backward: int) -> dict[str, int]:
     return dict(zip(PASSES, (forward, forward + backward), strict=True))
 
 
-def table(K: int = 32, V: int = 64, T: int = 196, long: int = 4096, few: int = 48) -> str:
+def table(K: int = 32, V: int = 64, T: int = 196, long: int = 1024) -> str:
     """The count as a Markdown table, with the factor over the floor."""
     rows = {
         "naive": eager(naive.bidirectional_gla, K, V, T), "chunked": eager(chunked.bidirectional_gla, K, V, T),
-        f"fused, cut into segments (T = {long:,}, {few} sequences)": fused(K, V, long, few),
-        f"fused, cut into halves (T = {long:,})": fused(K, V, long, sequences=10**9),
+        f"fused, cut into segments (T = {long})": fused(K, V, long),
+        f"fused, cut into halves (T = {long})": fused(K, V, long, sequences=10**9),
         f"fused, in one piece (T = {T})": fused(K, V, T),
         "floor": floor(K, V),
     }  # fmt: skip

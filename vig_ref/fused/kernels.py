@@ -316,8 +316,8 @@ def segment_kernel(
     The states are S, with x = k and y = v, or with OWN their gradients dS, with x = q and y = do, which go the other
     way and are decayed by the token's own gate too. scale: the factor of x, 1 for S and the operator's for dS.
 
-    One walk to the right, in which no exponent is positive: along goes the state that goes to the right, S_fwd or
-    dS_rev. To the other each chunk adds its share, decayed by all gates to the left of it.
+    One walk to the right, in which no exponent is positive. S_fwd or dS_rev goes along. To the one that goes against it
+    each chunk adds its share, decayed by all gates to the left of it.
     """
     i_b, i_h, i_v, i_s, i_block = _program(H, INDEX)
     start, count = _chunks(i_s, T, SEGMENT, C)
@@ -327,13 +327,13 @@ def segment_kernel(
         g_fwd = sequence(g_fwd, i_b, i_h, 0)
     if REV:
         g_rev = sequence(g_rev, i_b, i_h, 0)
-    g_along, g_towards = (g_rev, g_fwd) if OWN else (g_fwd, g_rev)
+    g_along, g_against = (g_rev, g_fwd) if OWN else (g_fwd, g_rev)
     ALONG: tl.constexpr = REV if OWN else FWD
-    TOWARDS: tl.constexpr = FWD if OWN else REV
+    AGAINST: tl.constexpr = FWD if OWN else REV
     S_along = tl.zeros((BV, BK), ACC)
-    S_towards = S_along
+    S_against = S_along
     decay_along = tl.zeros((ROWS, BK), ACC)
-    decay_towards = decay_along
+    decay_against = decay_along
     for i in tl.range(count, num_stages=STAGES):
         at = chunk(start + i, 1, C)
         b_x = load(x, at, T, K, C, BK).to(ACC)
@@ -342,21 +342,21 @@ def segment_kernel(
             b_g = load_any_gate(g_along, at, T, K, C, BK, ACC, LIMIT)
             S_along = carry(S_along, b_g, b_x, tl.trans(b_yT), OWN, DOT)
             decay_along += total(b_g, DOT)
-        if TOWARDS:
-            b_g = load_any_gate(g_towards, at, T, K, C, BK, ACC, LIMIT)
-            b_xE = b_x * exp2(sums(ahead(True, OWN, C), b_g, DOT) + decay_towards, DOT)
-            S_towards = dot(b_yT, b_xE, S_towards, DOT)
-            decay_towards += total(b_g, DOT)
+        if AGAINST:
+            b_g = load_any_gate(g_against, at, T, K, C, BK, ACC, LIMIT)
+            b_xE = b_x * exp2(sums(ahead(True, OWN, C), b_g, DOT) + decay_against, DOT)
+            S_against = dot(b_yT, b_xE, S_against, DOT)
+            decay_against += total(b_g, DOT)
     i_fwd = i_block * 2 * tl.num_programs(2) + i_s
     i_rev = i_fwd + tl.num_programs(2)
-    i_along, i_towards = (i_rev, i_fwd) if OWN else (i_fwd, i_rev)
+    i_along, i_against = (i_rev, i_fwd) if OWN else (i_fwd, i_rev)
     row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, BK)[None, :]  # rows are equal
     if ALONG:
         tl.store(scratch(p_state, i_along, BV, BK), S_along * scale)
         tl.store(p_total + i_along * BK + col + 0 * row, decay_along, mask=row == 0)
-    if TOWARDS:
-        tl.store(scratch(p_state, i_towards, BV, BK), S_towards * scale)
-        tl.store(p_total + i_towards * BK + col + 0 * row, decay_towards, mask=row == 0)
+    if AGAINST:
+        tl.store(scratch(p_state, i_against, BV, BK), S_against * scale)
+        tl.store(p_total + i_against * BK + col + 0 * row, decay_against, mask=row == 0)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -34,13 +34,12 @@ TILES = {(16, 32): Warps(1, 2, 4, 4), (32, 64): Warps(2, 4, 2, 4), (128, 32): Wa
 #: six programs of two warps, twelve of one, then share a multiprocessor. With fewer, or so many elsewhere, they spill.
 REGISTERS = {(16, 32): 168, (32, 64): 168}
 MAX_K = max(BK for BK, _ in TILES)
-#: Tokens of a sequence that is not cut, and of a segment at most, unless that makes more than MAX_SEGMENTS, through
-#: which `combine_kernel` goes one by one. Where tokens are few, segments are shorter, but not below SHORTEST.
+#: Tokens of a sequence that is not cut, and of a segment at most, unless that makes more than MAX_SEGMENTS. A multiple
+#: of CHUNK.
 SEGMENT = 256
-SHORTEST = 64
-MAX_SEGMENTS = 1024
+MAX_SEGMENTS = 256
 #: So many sequences (of each batch, head and block of V) fill a GPU with two programs each: about one for each of its
-#: multiprocessors. Then a long one is only halved. Four segments for each multiprocessor fill it, too.
+#: multiprocessors. Then a long one is only halved.
 MANY = 128
 #: The smallest exponent, in base 2, with which the fast path may go on: a sum of gates between the middles of
 #: neighbouring chunks, or from the last middle to the end. The forward pass needs exp(-b) to stay far below the largest
@@ -50,9 +49,10 @@ BOUND = -80.0
 BOUND_BACKWARD = {"bf16": -8.0, "tf32": -8.0, "ieee": -2.0}
 #: Chunks in shared memory, all but one fetched ahead, for bfloat16 in the tiles of ViG. Others would not fit.
 STAGES = 3
-#: Others for the first walk of the backward pass, which loads less, and in `half_kernel`: few programs hide little.
+#: Others for the first walk of the backward pass, which loads less, and where few programs hide little: in
+#: `half_kernel`, and in `segment_kernel` if there are `_few`.
 STATES_STAGES = 4
-HALF_STAGES = 5
+FEW_STAGES = 5
 #: Bytes of a cache line.
 LINE = 128
 PRECISIONS = ("ieee", "tf32")
@@ -124,7 +124,7 @@ def _forward(
                 for second in (False, True):
                     kernels.half_kernel[grid](
                         *tensors, S_meet, scale, *sizes,
-                        **half_constants(options, _dense(g_fwd, g_rev), _few(v, options["BV"]), second),
+                        **half_constants(options, _dense(g_fwd, g_rev), _few(grid), second),
                     )
             else:
                 _enter(k, v, g_fwd, g_rev, 1.0, S_enter, False, options)
@@ -176,13 +176,14 @@ def _enter(
         return
     blocks, _, segments, BV, _ = enter.shape
     decay = _decays(enter)
-    kernels.segment_kernel[_grid(y, BV, False)](
+    grid = _grid(y, BV, False)
+    kernels.segment_kernel[grid](
         *(_strided(each) for each in (x, y, g_fwd, g_rev)), enter, decay, scale, *_sizes(x, y, False),
-        **segment_constants(options, own),
+        **segment_constants(options, own, _few(grid)),
     )  # fmt: skip
     constants = combine_constants(options, own)
-    grid = blocks, 2, BV * options["BK"] // constants["CELLS"]
-    kernels.combine_kernel[grid](enter, decay, segments, **constants)
+    cells = BV * options["BK"] // constants["CELLS"]
+    kernels.combine_kernel[blocks, 2, cells](enter, decay, segments, **constants)
 
 
 @_forward.register_fake
@@ -246,19 +247,16 @@ def _halves(q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None) ->
     both = g_fwd is not None and g_rev is not None and g_fwd.dtype == g_rev.dtype
     if not both or v.shape[2] <= SEGMENT:
         return False
-    return _sequences(v, _tile(q, v)[1]) >= MANY
-
-
-def _few(v: Tensor, BV: int) -> bool:
-    """Whether a GPU's schedulers, four to a multiprocessor, have one warp each if all halves' programs are of one."""
-    return 2 * _sequences(v, BV) <= 4 * MANY
+    BH, blocks, _ = _grid(v, _tile(q, v)[1], True)
+    return BH * blocks >= MANY
 
 
 def _meeting(q: Tensor, v: Tensor) -> Tensor:
     """Memory for the states with which programs meet, `[B * H * blocks of V, directions, BV, BK]`."""
     BK, BV = _tile(q, v)
+    BH, blocks, _ = _grid(v, BV, True)
     wide = torch.promote_types(v.dtype, torch.float32)
-    return v.new_empty(_sequences(v, BV), 2, BV, BK, dtype=wide)
+    return v.new_empty(BH * blocks, 2, BV, BK, dtype=wide)
 
 
 def _dense(g_fwd: Tensor | None, g_rev: Tensor | None) -> bool:
@@ -268,7 +266,7 @@ def _dense(g_fwd: Tensor | None, g_rev: Tensor | None) -> bool:
 def _entering(q: Tensor, v: Tensor, halves: bool) -> Tensor:
     """Memory for what enters each segment, `[B * H * blocks of V, directions, segments, BV, BK]`, if there are several.
 
-    Kept for the backward pass: 64 bytes a token with the heads of ViG. To find them again it would read up to 640.
+    Kept for the backward pass: 64 bytes a token with the heads of ViG. To find them again it would read 448.
     """
     wide = torch.promote_types(v.dtype, torch.float32)
     if halves or v.shape[2] <= SEGMENT:
@@ -297,7 +295,7 @@ def _states(q: Tensor, v: Tensor, grads: list[Tensor], options: dict, halves: bo
     if full and options["DOT"] == "bf16" and all(dg.dtype == torch.float32 for dg in grads[3:]):
         return v.new_empty(0)
     BH, blocks, segments = _grid(v, BV, halves)
-    chunks = segments * (_cut(v, BV, halves) // options["C"])
+    chunks = segments * (_cut(v.shape[2], halves) // options["C"])
     return v.new_empty(BH * blocks * chunks, BV, BK, dtype=_rounded(v, options))
 
 
@@ -323,30 +321,26 @@ def _cdiv(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
-def _longest(T: int, sequences: int) -> int:
-    """Tokens of a segment at most: whole chunks.
-
-    A formula without conditions, whose least and largest values torch.export finds: so it need not know T.
-    """
-    filling = T * sequences // (4 * MANY * CHUNK) * CHUNK
-    fewest = _cdiv(T, MAX_SEGMENTS * CHUNK) * CHUNK
-    return torch.sym_max(torch.sym_min(SEGMENT, torch.sym_max(SHORTEST, filling)), fewest)
-
-
-def _segments(T: int, sequences: int) -> int:
-    """How many there are. sequences: see `_sequences`."""
-    return 1 if T <= SEGMENT else 1 + (T - 1) // _longest(T, sequences)  # as torch.export sees that they are several
-
-
-def _segment(T: int, sequences: int) -> int:
+def _segment(T: int) -> int:
     """Tokens per segment: whole chunks, and no more than the number of segments needs."""
-    return _cdiv(T, _segments(T, sequences) * CHUNK) * CHUNK
+    if T <= SEGMENT:
+        return _cdiv(T, CHUNK) * CHUNK
+    segments = min(_cdiv(T, SEGMENT), MAX_SEGMENTS)
+    return _cdiv(T, segments * CHUNK) * CHUNK
 
 
-def _cut(v: Tensor, BV: int, halves: bool) -> int:
+def _segments(T: int) -> int:
+    """How many there are, none of them empty: _cdiv(T, _segment(T)), as a formula that torch.export can solve for T."""
+    if T <= SEGMENT:
+        return 1
+    if T <= SEGMENT * MAX_SEGMENTS:
+        return _cdiv(T, SEGMENT)
+    return _cdiv(T, _segment(T))
+
+
+def _cut(T: int, halves: bool) -> int:
     """Tokens of the first half, in whole chunks, or of a segment."""
-    T = v.shape[2]
-    return _cdiv(T, 2 * CHUNK) * CHUNK if halves else _segment(T, _sequences(v, BV))
+    return _cdiv(T, 2 * CHUNK) * CHUNK if halves else _segment(T)
 
 
 def _strided(x: Tensor | None) -> tuple | None:
@@ -355,18 +349,18 @@ def _strided(x: Tensor | None) -> tuple | None:
 
 def _sizes(q: Tensor, v: Tensor, halves: bool) -> tuple[int, ...]:
     """H, T, K, V and SEGMENT, as the kernels take them."""
-    return q.shape[1], q.shape[2], q.shape[3], v.shape[3], _cut(v, _tile(q, v)[1], halves)
+    T = q.shape[2]
+    return q.shape[1], T, q.shape[3], v.shape[3], _cut(T, halves)
 
 
 def _grid(v: Tensor, BV: int, halves: bool) -> tuple[int, int, int]:
     """One program per (batch, head), block of V and segment, or one for each scan of two halves."""
-    pieces = 2 if halves else _segments(v.shape[2], _sequences(v, BV))
-    return v.shape[0] * v.shape[1], _cdiv(v.shape[3], BV), pieces
+    return v.shape[0] * v.shape[1], _cdiv(v.shape[3], BV), 2 if halves else _segments(v.shape[2])
 
 
-def _sequences(v: Tensor, BV: int) -> int:
-    """Of each batch, head and block of V."""
-    return v.shape[0] * v.shape[1] * _cdiv(v.shape[3], BV)
+def _few(grid: tuple[int, int, int]) -> bool:
+    """Whether a GPU's schedulers, four to a multiprocessor, would have at most one program each."""
+    return math.prod(grid) <= 4 * MANY
 
 
 def _options(
@@ -429,7 +423,7 @@ def _behind(dependent: bool) -> dict:
 
 def half_constants(options: dict, dense: bool, few: bool, second: bool) -> dict:
     """The compile-time constants of `half_kernel`. few: see `_few`."""
-    ahead = {"STAGES": HALF_STAGES} if options["STAGES"] > 1 else {}
+    ahead = {"STAGES": FEW_STAGES} if options["STAGES"] > 1 else {}
     walk = {"DENSE": dense, "SECOND": second, "EARLY": few and options["BK"] < 32, "maxnreg": None}
     kept = {name: options[name] for name in options if name not in ("FWD", "REV")}
     return kept | ahead | walk | _behind(options["DEPENDENT"] and second)
@@ -447,16 +441,17 @@ def _warps(tile: tuple[int, int], dot: str, kind: str) -> int:
     return getattr(TILES[tile], kind if dot == "bf16" else dot)
 
 
-def segment_constants(options: dict, own: bool) -> dict:
-    """The compile-time constants of `segment_kernel`."""
-    tile = options["BK"], options["BV"]
-    kept = {name: options[name] for name in ("FWD", "REV", "C", "BK", "BV", "ACC", "INDEX", "DOT", "LIMIT", "STAGES")}
+def segment_constants(options: dict, own: bool, few: bool) -> dict:
+    """The compile-time constants of `segment_kernel`. few: see `_few`."""
+    tile, dot = (options["BK"], options["BV"]), options["DOT"]
+    kept = {name: options[name] for name in ("FWD", "REV", "C", "BK", "BV", "ACC", "INDEX", "DOT", "LIMIT")}
     return kept | {
-        "OWN": own, "num_warps": _warps(tile, options["DOT"], "forward"), "maxnreg": REGISTERS.get(tile),
+        "OWN": own, "STAGES": (FEW_STAGES if few else STAGES) if dot == "bf16" else 1,
+        "num_warps": _warps(tile, dot, "forward"), "maxnreg": REGISTERS.get(tile),
     }  # fmt: skip
 
 
 def combine_constants(options: dict, own: bool) -> dict:
-    """The compile-time constants of `combine_kernel`."""
+    """The compile-time constants of `combine_kernel`: one warp, and STAGES rounds of UNROLL segments on their way."""
     kept = {name: options[name] for name in ("BK", "BV", "DEPENDENT", "launch_pdl")}
     return kept | {"OWN": own, "CELLS": 128, "STAGES": 4, "UNROLL": 4, "num_warps": 1}
