@@ -26,8 +26,7 @@ A sequence longer than `launch.SEGMENT` is cut. If there are enough of them to f
 programs walk towards each other: `half_kernel`, and `backward_kernel` with HALVES. A launch ends where they meet; the
 next takes up their states, and each does in the other's half what that has left to do: a token is read once by each.
 Otherwise into as many segments as it takes, and two small kernels come first: `segment_kernel` finds what each segment
-but the last adds to a state, `combine_kernel` the states that enter each segment. The main kernels take the segments
-in reverse: what was read last may still be in the L2 cache.
+adds to the states, `combine_kernel` what enters each segment.
 """
 
 import triton
