@@ -187,6 +187,13 @@ def test_longer_segments_where_there_would_be_too_many(monkeypatch, segments_of)
     judge(weak(on_device(1, 2, 200, 3, 4)))
 
 
+def test_more_segments_than_are_on_their_way_at_once(monkeypatch):
+    """Seventy: several rounds of `combine_kernel`, and a rest."""
+    monkeypatch.setattr(launch, "SEGMENT", C)
+    monkeypatch.setattr(launch, "MANY", 10**9)
+    judge(weak(on_device(1, 1, 70 * C, 3, 4)))
+
+
 @pytest.mark.parametrize("tile", launch.TILES)
 def test_combine_kernel_goes_through_all_cells(tile):
     options = launch.constants(tile, "ieee", True, True, backward=False)
