@@ -60,7 +60,8 @@ def launches(dtype: str, dot: str) -> list[Launch]:
         both += [launch._replace(**way) for launch in both for way in (ways[0], ways[-2], ways[-1])]
         one += [Launch("backward_kernel", parts=True), Launch("segment_kernel"), Launch("combine_kernel")]
         one += [Launch("segment_kernel", few=True), Launch("segment_kernel", few=True, sm=80)]
-        both += [Launch("half_kernel", halves=True, few=True, **way, **walk) for way in ({}, ways[0]) for walk in walks]
+        early = [Launch("half_kernel", halves=True, few=True, **walk) for walk in walks]
+        both += [launch._replace(**way) for launch in early for way in ({}, ways[0], ways[-2], ways[-1])]
     every = [launch._replace(**way) for launch in (*one[:3], segment) for way in ways]
     return [*half, *one, segment, *both, *every]
 
@@ -83,6 +84,7 @@ def test_every_launch_compiles(tile, dtype, dot):
     assert len(compiled) == len(wanted)
     for launch, (shared, tensor_cores, fetching, waits) in zip(wanted, compiled, strict=True):
         assert shared <= SHARED_MEMORY, launch
+        assert fetching == 1 or launch.kernel != "combine_kernel", launch
         if dot == "bf16" and tile[0] < MAX_K and launch.kernel != "combine_kernel" and not launch.strided:
             walks = sum(launch.directions) if launch.kernel == "forward_kernel" else 1
             assert fetching == walks, launch

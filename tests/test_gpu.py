@@ -84,7 +84,7 @@ def test_a_graph_can_be_captured_and_replayed():
         assert torch.equal(logits, model(images))
 
 
-@pytest.mark.parametrize("many", [0, 10**9], ids=["halves", "segments"])
+@pytest.mark.parametrize("many", [1, 10**9], ids=["halves", "segments"])
 def test_launches_that_overlap_can_be_captured(many, monkeypatch):
     """Up to four kernels a pass, of which each may be launched before the one ahead of it has ended."""
     monkeypatch.setattr(launch, "MANY", many)

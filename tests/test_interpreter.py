@@ -22,7 +22,7 @@ def evaluated(T, regime):
 
 
 @interpreted
-@pytest.mark.parametrize("many", [0, 10**9], ids=["halves", "segments"])
+@pytest.mark.parametrize("many", [1, 10**9], ids=["halves", "segments"])
 @pytest.mark.parametrize("regime", ["vig", "reset"])
 def test_bits_are_those_of_the_interpreter_as_it_is(regime, many, monkeypatch):
     """Every kernel, those for segments and halves among them, on its fast path and on the other."""

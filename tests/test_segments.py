@@ -187,6 +187,21 @@ def test_longer_segments_where_there_would_be_too_many(monkeypatch, segments_of)
     judge(weak(on_device(1, 2, 200, 3, 4)))
 
 
+@pytest.mark.parametrize("regime", ["vig", "strong", "reset"])
+@pytest.mark.parametrize("gates", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("K", "V"), [(16, 32), (32, 64)])
+def test_few_programs_compute_the_same_bits_as_many(segments_of, monkeypatch, K, V, gates, regime):
+    """With the heads of ViG-H halves of few sequences prepare a chunk early; and the last chunk is not full."""
+    segments_of(32)
+    x = on_device(1, 1, 53, K, V, regime=regime, dtype=torch.bfloat16, gate_dtype=gates)
+    results = []
+    for few in (True, False):
+        monkeypatch.setattr(launch, "_few", lambda grid, few=few: few)
+        results.append(evaluate(fused.bidirectional_gla, x, scale=0.5))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in NAMES)
+    judge(x, dot="bfloat16")
+
+
 def test_more_segments_than_are_on_their_way_at_once(monkeypatch):
     """Seventy: several rounds of `combine_kernel`, and a rest."""
     monkeypatch.setattr(launch, "SEGMENT", C)

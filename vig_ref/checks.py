@@ -31,7 +31,8 @@ SHAPES = [(1, 17, 3), (17, 17, 3), (49, 17, 3), (65, 32, 64), (130, 17, 3)]
 DEEP_SHAPES = [(2, 1, 1), (16, 3, 5), (64, 8, 100), (63, 100, 17), (196, 32, 64), (197, 60, 70)]
 #: For the fused layer on a GPU, which has the time. B, H, T, K, V.
 SEGMENTS = (1, 1, 1000, 32, 64)  # one sequence, in several segments
-HALVES = (32, 4, 275, 32, 64)  # enough sequences for two programs each; the second half ends inside a chunk
+#: Enough sequences for two programs each, with both heads; the second half ends inside a chunk.
+HALVES = [(32, 4, 275, 32, 64), (32, 4, 275, 16, 32)]
 LAW_SHAPE = (1, 1, 33, 17, 3)  # B, H, T, K, V: three chunks of the fused layer, the last of one token
 #: Numbers of parameters of the released models.
 PARAMETERS = {
@@ -51,7 +52,7 @@ class Effort(NamedTuple):
     def shapes(self, layer: Layer) -> list[tuple[int, int, int, int, int]]:
         """B, H, T, K, V."""
         short = SHAPES[:2] if self.quick else SHAPES + DEEP_SHAPES * self.deep
-        return [(1, 1, *shape) for shape in short] + [SEGMENTS, HALVES] * self.long(layer)
+        return [(1, 1, *shape) for shape in short] + [SEGMENTS, *HALVES] * self.long(layer)
 
     def repeats(self, layer: Layer) -> int:
         """Runs that must agree to the last bit: where threads race, a rare difference needs many."""
@@ -268,7 +269,7 @@ def repeatable(layer: Layer, effort: Effort) -> Outcome:
     n = effort.repeats(layer)
     cases = [law_inputs(layer) if effort.device == "cpu" else layer.draw(8, 12, *SHAPES[-1])]
     if effort.long(layer):
-        cases += [layer.draw(*HALVES, regime=name) for name in ("vig", "reset")]  # the fast path, and the other
+        cases += [layer.draw(*sizes, regime=name) for sizes in HALVES for name in ("vig", "reset")]  # on both paths
     for x in cases:
         first = evaluate(layer.function, x, scale=SCALE)
         for _ in range(n):

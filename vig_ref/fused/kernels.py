@@ -72,7 +72,8 @@ def _exact(lowest, BOUND: tl.constexpr):
 def _program(H, INDEX: tl.constexpr, BACK: tl.constexpr = False):
     """Of a program: its batch, head, block of V, segment (of halves: its own direction), and the first three as one.
 
-    BACK: in the opposite order. What the kernel before read or wrote last may still be in the L2 cache.
+    BACK: sequences and segments from the last on. What the kernel before, in the other order, read or wrote last may
+    still be in the L2 cache.
     """
     i_bh, i_v, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(INDEX)
     if BACK:
@@ -343,7 +344,7 @@ def segment_kernel(
             decay_along += total(b_g, DOT)
         if AGAINST:
             b_g = load_any_gate(g_against, at, T, K, C, BK, ACC, LIMIT)
-            b_xE = b_x * exp2(sums(ahead(True, OWN, C), b_g, DOT) + decay_against, DOT)
+            b_xE = b_x * exp2(sums(ahead(True, OWN, C), b_g, DOT) + decay_against, DOT)  # C is ROWS
             S_against = dot(b_yT, b_xE, S_against, DOT)
             decay_against += total(b_g, DOT)
     i_fwd = i_block * 2 * tl.num_programs(2) + i_s
@@ -361,12 +362,15 @@ def segment_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
     p_state, p_total, SEGMENTS,
-    OWN: tl.constexpr, CELLS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
-    UNROLL: tl.constexpr, DEPENDENT: tl.constexpr,
+    FWD: tl.constexpr, OWN: tl.constexpr, CELLS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    STAGES: tl.constexpr, UNROLL: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """From what each segment adds to a state to what enters each, in place. A program does some cells of one state."""
+    """From what each segment adds to a state to what enters each, in place. A program does some cells of one state.
+
+    What is fetched ahead lies in segments to come: no program writes there, or anywhere in another's cells.
+    """
     _wait(DEPENDENT)
-    i_block, i_direction = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_block, i_direction = tl.program_id(0).to(tl.int64), tl.program_id(1) + (0 if FWD else 1)  # REV alone is 1, too
     cell = tl.program_id(2) * CELLS + tl.arange(0, CELLS)
     step = 1 if i_direction == (1 if OWN else 0) else -1  # the scan's: S_fwd and dS_rev go to the right
     first = (i_block * 2 + i_direction) * SEGMENTS + _first(0, SEGMENTS, step)

@@ -52,7 +52,7 @@ STAGES = 3
 #: Others for the first walk of the backward pass, which loads less, and where few programs hide little: in
 #: `half_kernel`, and in `segment_kernel` if there are `_few`.
 STATES_STAGES = 4
-FEW_STAGES = 5
+MORE_STAGES = 5
 #: Bytes of a cache line.
 LINE = 128
 PRECISIONS = ("ieee", "tf32")
@@ -183,7 +183,7 @@ def _enter(
     )  # fmt: skip
     constants = combine_constants(options, own)
     cells = BV * options["BK"] // constants["CELLS"]
-    kernels.combine_kernel[blocks, 2, cells](enter, decay, segments, **constants)
+    kernels.combine_kernel[blocks, options["FWD"] + options["REV"], cells](enter, decay, segments, **constants)
 
 
 @_forward.register_fake
@@ -266,7 +266,8 @@ def _dense(g_fwd: Tensor | None, g_rev: Tensor | None) -> bool:
 def _entering(q: Tensor, v: Tensor, halves: bool) -> Tensor:
     """Memory for what enters each segment, `[B * H * blocks of V, directions, segments, BV, BK]`, if there are several.
 
-    Kept for the backward pass: 64 bytes a token with the heads of ViG. To find them again it would read 448.
+    Of a direction that is not there nothing is written. Kept for the backward pass: 64 bytes a token with the heads of
+    ViG. To find them again it would read 448.
     """
     wide = torch.promote_types(v.dtype, torch.float32)
     if halves or v.shape[2] <= SEGMENT:
@@ -423,8 +424,9 @@ def _behind(dependent: bool) -> dict:
 
 def half_constants(options: dict, dense: bool, few: bool, second: bool) -> dict:
     """The compile-time constants of `half_kernel`. few: see `_few`."""
-    ahead = {"STAGES": FEW_STAGES} if options["STAGES"] > 1 else {}
-    walk = {"DENSE": dense, "SECOND": second, "EARLY": few and options["BK"] < 32, "maxnreg": None}
+    ahead = {"STAGES": MORE_STAGES} if options["STAGES"] > 1 else {}
+    early = few and options["BK"] < 32  # one warp with bfloat16; and without, so that the interpreter meets it, too
+    walk = {"DENSE": dense, "SECOND": second, "EARLY": early, "maxnreg": None}
     kept = {name: options[name] for name in options if name not in ("FWD", "REV")}
     return kept | ahead | walk | _behind(options["DEPENDENT"] and second)
 
@@ -446,12 +448,12 @@ def segment_constants(options: dict, own: bool, few: bool) -> dict:
     tile, dot = (options["BK"], options["BV"]), options["DOT"]
     kept = {name: options[name] for name in ("FWD", "REV", "C", "BK", "BV", "ACC", "INDEX", "DOT", "LIMIT")}
     return kept | {
-        "OWN": own, "STAGES": (FEW_STAGES if few else STAGES) if dot == "bf16" else 1,
+        "OWN": own, "STAGES": (MORE_STAGES if few else STAGES) if dot == "bf16" else 1,
         "num_warps": _warps(tile, dot, "forward"), "maxnreg": REGISTERS.get(tile),
     }  # fmt: skip
 
 
 def combine_constants(options: dict, own: bool) -> dict:
-    """The compile-time constants of `combine_kernel`: one warp, and STAGES rounds of UNROLL segments on their way."""
-    kept = {name: options[name] for name in ("BK", "BV", "DEPENDENT", "launch_pdl")}
+    """The compile-time constants of `combine_kernel`: one warp, UNROLL segments a round, STAGES - 1 rounds ahead."""
+    kept = {name: options[name] for name in ("FWD", "BK", "BV", "DEPENDENT", "launch_pdl")}
     return kept | {"OWN": own, "CELLS": 128, "STAGES": 4, "UNROLL": 4, "num_warps": 1}
