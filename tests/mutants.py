@@ -321,7 +321,7 @@ MUTANTS = [
     Mutant("segments: decay of the segment before", KERNELS, "decay = tl.load(p_total + i_own * BK + cell % BK)", "decay = tl.load(p_total + tl.maximum(i_own - step, 0) * BK + cell % BK)"),
     Mutant("segments: dS_rev scanned from the right", KERNELS, "i_direction == (1 if OWN else 0)", "(i_direction == 0) & (not OWN)"),
     Mutant("segments: dS_fwd scanned from the left", KERNELS, "i_direction == (1 if OWN else 0)", "(i_direction == 0) | OWN"),
-    Mutant("segments: a segment enters itself", KERNELS, "        tl.store(p_enter, S)\n        S = tl.exp2(decay) * S + added\n", "        S = tl.exp2(decay) * S + added\n        tl.store(p_enter, S)\n"),
+    Mutant("segments: a segment enters itself", KERNELS, "        tl.store(p_enter + cell, S)\n        S = tl.exp2(decay) * S + added\n", "        S = tl.exp2(decay) * S + added\n        tl.store(p_enter + cell, S)\n"),
     Mutant("segments: stored in the order of the scan", KERNELS, "p_enter += step * BV * BK", "p_enter += BV * BK"),
     # The launcher: what is computed.
     Mutant("launch: directions swapped", LAUNCH, "return _checked(q, k, v, None if reverse else g, g if reverse else None, scale, precision)", "return _checked(q, k, v, g if reverse else None, None if reverse else g, scale, precision)"),

@@ -82,7 +82,8 @@ def test_every_launch_compiles(tile, dtype, dot):
     wanted = launches(dtype, dot)
     compiled = where_triton_compiles("compile_all", tile, dtype, dot, wanted)
     assert len(compiled) == len(wanted)
-    for launch, (shared, tensor_cores, fetching, waits) in zip(wanted, compiled, strict=True):
+    for launch, (shared, tensor_cores, early, fetching, waits) in zip(wanted, compiled, strict=True):
+        assert early == [launch.sm >= 90, True], launch
         assert shared <= SHARED_MEMORY, launch
         assert fetching == 1 or launch.kernel != "combine_kernel", launch
         if dot == "bf16" and tile[0] < MAX_K and launch.kernel != "combine_kernel" and not launch.strided:
@@ -156,24 +157,31 @@ def compile_all(tile, dtype, dot, wanted):
         options = launch.constants(
             tuple(tile), dot, *kind.directions, backward=backward, far=kind.far, dependent=kind.sm >= 90
         )
-        if kind.kernel == "forward_kernel":
-            options |= launch._behind(options["DEPENDENT"] and kind.segments)
         if kind.kernel == "half_kernel":
             options = launch.half_constants(options, not kind.strided, kind.few, kind.second)
         if backward:
-            options = launch.backward_constants(options, kind.halves, not kind.strided, kind.second, kind.segments)
+            options = launch.backward_constants(options, kind.halves, not kind.strided, kind.second)
         if kind.kernel == "segment_kernel":
             options = launch.segment_constants(options, kind.own, kind.few)
         if kind.kernel == "combine_kernel":
             options = launch.combine_constants(options, kind.own)
         compiler = {key: options.pop(key, None) for key in ("num_warps", "num_stages", "maxnreg", "launch_pdl")}
+        early = bool(compiler["launch_pdl"])
         signature, constants, attributes = specialise(kernel.arg_names, dtype, kind, options)
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
         compiler = {key: value for key, value in compiler.items() if value is not None}
         compiler["ptx_options"] = "-O1"  # does it compile, and does it fit? Its speed is for a GPU to say
         done = triton.compile(source, target=GPUTarget("cuda", kind.sm, 32), options=compiler)
-        compiled.append((done.metadata.shared, "mma" in done.asm["ptx"], *fetching_ahead(done.asm["ttgir"])))
+        ptx = done.asm["ptx"]
+        waits = (early, waits_first(ptx) == early)
+        compiled.append((done.metadata.shared, "mma" in ptx, waits, *fetching_ahead(done.asm["ttgir"])))
     return compiled
+
+
+def waits_first(ptx: str) -> bool:
+    """Whether the kernel waits for the one ahead before it reads or writes any memory that they share."""
+    before, wait, _ = ptx.partition("griddepcontrol.wait")
+    return bool(wait) and not re.search(r"\b(ld\.global|st\.global|cp\.async|red\.|atom\.)", before)
 
 
 def fetching_ahead(ttgir: str) -> tuple[int, list[str]]:

@@ -57,7 +57,8 @@ SIZES = ["H", "T", "SEGMENT", "SEGMENTS"]
 
 @triton.jit
 def _wait(DEPENDENT: tl.constexpr):
-    """Until the kernel before has ended. DEPENDENT: this one may begin earlier, which hides what a launch takes."""
+    """Until the kernel before has ended, whosever it is. DEPENDENT: this one may begin earlier, which hides what a
+    launch takes."""
     if DEPENDENT:
         gdc_wait()
 
@@ -310,6 +311,7 @@ def segment_kernel(
     x, y, g_fwd, g_rev, p_state, p_total, scale, H, T, K, V, SEGMENT,
     FWD: tl.constexpr, REV: tl.constexpr, OWN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """What one segment alone adds to the states of both directions, and the log decays across it.
 
@@ -319,6 +321,7 @@ def segment_kernel(
     One walk to the right, in which no exponent is positive. S_fwd or dS_rev goes along. To the one that goes against it
     each chunk adds its share, decayed by all gates to the left of it.
     """
+    _wait(DEPENDENT)
     i_b, i_h, i_v, i_s, i_block = _program(H, INDEX)
     start, count = _chunks(i_s, T, SEGMENT, C)
     x, y = sequence(x, i_b, i_h, 0), sequence(y, i_b, i_h, i_v * BV)
@@ -374,12 +377,12 @@ def combine_kernel(
     cell = tl.program_id(2) * CELLS + tl.arange(0, CELLS)
     step = 1 if i_direction == (1 if OWN else 0) else -1  # the scan's: S_fwd and dS_rev go to the right
     first = (i_block * 2 + i_direction) * SEGMENTS + _first(0, SEGMENTS, step)
-    p_enter = p_state + first * BV * BK + cell  # apart from what is loaded: addresses are not fetched ahead
+    p_enter = p_state + first * BV * BK  # apart from what is loaded: addresses are not fetched ahead
     S = tl.zeros((CELLS,), p_state.dtype.element_ty)
     for i in tl.range(SEGMENTS, num_stages=STAGES, loop_unroll_factor=UNROLL):
         i_own = first + i * step
         decay = tl.load(p_total + i_own * BK + cell % BK)
         added = tl.load(p_state + i_own * BV * BK + cell)
-        tl.store(p_enter, S)
+        tl.store(p_enter + cell, S)
         S = tl.exp2(decay) * S + added
         p_enter += step * BV * BK

@@ -128,8 +128,7 @@ def _forward(
                     )
             else:
                 _enter(k, v, g_fwd, g_rev, 1.0, S_enter, False, options)
-                behind = _behind(options["DEPENDENT"] and S_enter.numel() > 0)
-                kernels.forward_kernel[grid](*tensors, _or_none(S_enter), scale, *sizes, **options | behind)
+                kernels.forward_kernel[grid](*tensors, _or_none(S_enter), scale, *sizes, **options)
     return o, S_enter
 
 
@@ -155,7 +154,7 @@ def _backward(
     with _device(q):
         _enter(q, do, g_fwd, g_rev, scale, dS_enter, True, options)
         for second in (False, True):
-            walk = backward_constants(options, halves, halves and _dense(g_fwd, g_rev), second, dS_enter.numel() > 0)
+            walk = backward_constants(options, halves, halves and _dense(g_fwd, g_rev), second)
             kernels.backward_kernel[grid](
                 *(_strided(x) for x in (q, k, v, g_fwd, g_rev, do)),
                 dq, dk, dv, None if g_fwd is None else dg[0], None if g_rev is None else dg[-1], *states, *enter,
@@ -405,7 +404,7 @@ def constants(
     and the directions that there are.
 
     far: see `_far`; offsets of 32 bits cost fewer instructions and registers.
-    dependent: whether the GPU can launch a kernel before the one ahead has ended.
+    dependent: whether the GPU can launch a kernel before the one ahead has ended; the kernel waits for that by itself.
     """
     return {
         "FWD": fwd, "REV": rev, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1, "BK": tile[0], "BV": tile[1],
@@ -414,12 +413,8 @@ def constants(
         "BOUND": BOUND, "STAGES": STAGES if dot == "bf16" and tile[0] < MAX_K else 1,
         "num_warps": _warps(tile, dot, "backward" if backward else "forward"), "num_stages": 1,
         "maxnreg": None if backward else REGISTERS.get(tile),
-    } | _behind(dependent)  # fmt: skip
-
-
-def _behind(dependent: bool) -> dict:
-    """Whether a kernel is launched before one of ours ahead has ended, and waits for that by itself."""
-    return {"DEPENDENT": dependent, "launch_pdl": dependent}
+        "DEPENDENT": dependent, "launch_pdl": dependent,
+    }  # fmt: skip
 
 
 def half_constants(options: dict, dense: bool, few: bool, second: bool) -> dict:
@@ -428,14 +423,14 @@ def half_constants(options: dict, dense: bool, few: bool, second: bool) -> dict:
     early = few and options["BK"] < 32  # one warp with bfloat16; and without, so that the interpreter meets it, too
     walk = {"DENSE": dense, "SECOND": second, "EARLY": early, "maxnreg": None}
     kept = {name: options[name] for name in options if name not in ("FWD", "REV")}
-    return kept | ahead | walk | _behind(options["DEPENDENT"] and second)
+    return kept | ahead | walk
 
 
-def backward_constants(options: dict, halves: bool, dense: bool, second: bool, segments: bool) -> dict:
-    """The compile-time constants of `backward_kernel`. segments: whether kernels come before its first walk."""
+def backward_constants(options: dict, halves: bool, dense: bool, second: bool) -> dict:
+    """The compile-time constants of `backward_kernel`."""
     ahead = {"STAGES": STATES_STAGES} if options["STAGES"] > 1 and not second else {}
     walk = {"DENSE": dense, "HALVES": halves, "SECOND": second, "BOUND": BOUND_BACKWARD[options["DOT"]]}
-    return options | ahead | walk | _behind(options["DEPENDENT"] and (second or segments))
+    return options | ahead | walk
 
 
 def _warps(tile: tuple[int, int], dot: str, kind: str) -> int:
@@ -446,8 +441,8 @@ def _warps(tile: tuple[int, int], dot: str, kind: str) -> int:
 def segment_constants(options: dict, own: bool, few: bool) -> dict:
     """The compile-time constants of `segment_kernel`. few: see `_few`."""
     tile, dot = (options["BK"], options["BV"]), options["DOT"]
-    kept = {name: options[name] for name in ("FWD", "REV", "C", "BK", "BV", "ACC", "INDEX", "DOT", "LIMIT")}
-    return kept | {
+    kept = ("FWD", "REV", "C", "BK", "BV", "ACC", "INDEX", "DOT", "LIMIT", "DEPENDENT", "launch_pdl")
+    return {name: options[name] for name in kept} | {
         "OWN": own, "STAGES": (MORE_STAGES if few else STAGES) if dot == "bf16" else 1,
         "num_warps": _warps(tile, dot, "forward"), "maxnreg": REGISTERS.get(tile),
     }  # fmt: skip
