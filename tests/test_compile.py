@@ -2,8 +2,9 @@
 
 The interpreter accepts what the compiler refuses (small tiles, types that change in a loop). So each entry of
 `vig_ref.fused.launch.TILES`, in every arithmetic, direction and gate dtype, is compiled to machine code here, in a
-process where Triton compiles, and its shared memory is held against the smallest limit among those GPUs. For the heads
-of ViG in bfloat16, loops must fetch all that they load ahead. The kernels of `vig_ref.parts` are compiled, too.
+process where Triton compiles, and its shared memory is held against the smallest limit among those GPUs. On Hopper it
+must wait for the kernel ahead of it before it reads anything. For the heads of ViG in bfloat16, loops must fetch all
+that they load ahead. The kernels of `vig_ref.parts` are compiled, too.
 """
 
 import json
@@ -47,7 +48,8 @@ class Launch(NamedTuple):
 
 
 def launches(dtype: str, dot: str) -> list[Launch]:
-    """All that a launcher may ask for with bfloat16 products, and the main ones for others, which compile for long."""
+    """With bfloat16 products all kernels, and each option of a launch by itself; with others, which compile for long,
+    the main ones."""
     walks = [dict(second=False), dict(second=True)]
     one = [Launch("forward_kernel"), *(Launch("backward_kernel", **walk) for walk in walks)]
     segment = Launch("segment_kernel", own=True)
@@ -59,7 +61,8 @@ def launches(dtype: str, dot: str) -> list[Launch]:
         ways += [dict(strided=True, far=True, gates=dtype)]  # gates of 16 bits: scratch memory for states
         both += [launch._replace(**way) for launch in both for way in (ways[0], ways[-2], ways[-1])]
         one += [Launch("backward_kernel", parts=True), Launch("segment_kernel"), Launch("combine_kernel")]
-        one += [Launch("segment_kernel", few=True), Launch("segment_kernel", few=True, sm=80)]
+        few = [Launch("segment_kernel", own=own, few=True) for own in (False, True)]
+        one += [*few, *(few[0]._replace(**way) for way in (ways[0], dict(directions=REV), ways[-2], ways[-1]))]
         early = [Launch("half_kernel", halves=True, few=True, **walk) for walk in walks]
         both += [launch._replace(**way) for launch in early for way in ({}, ways[0], ways[-2], ways[-1])]
     every = [launch._replace(**way) for launch in (*one[:3], segment) for way in ways]
@@ -82,8 +85,8 @@ def test_every_launch_compiles(tile, dtype, dot):
     wanted = launches(dtype, dot)
     compiled = where_triton_compiles("compile_all", tile, dtype, dot, wanted)
     assert len(compiled) == len(wanted)
-    for launch, (shared, tensor_cores, early, fetching, waits) in zip(wanted, compiled, strict=True):
-        assert early == [launch.sm >= 90, True], launch
+    for launch, (shared, tensor_cores, dependent, waiting, fetching, waits) in zip(wanted, compiled, strict=True):
+        assert dependent == waiting == (launch.sm >= 90), launch
         assert shared <= SHARED_MEMORY, launch
         assert fetching == 1 or launch.kernel != "combine_kernel", launch
         if dot == "bf16" and tile[0] < MAX_K and launch.kernel != "combine_kernel" and not launch.strided:
@@ -166,22 +169,24 @@ def compile_all(tile, dtype, dot, wanted):
         if kind.kernel == "combine_kernel":
             options = launch.combine_constants(options, kind.own)
         compiler = {key: options.pop(key, None) for key in ("num_warps", "num_stages", "maxnreg", "launch_pdl")}
-        early = bool(compiler["launch_pdl"])
+        dependent = compiler["launch_pdl"]
         signature, constants, attributes = specialise(kernel.arg_names, dtype, kind, options)
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
         compiler = {key: value for key, value in compiler.items() if value is not None}
         compiler["ptx_options"] = "-O1"  # does it compile, and does it fit? Its speed is for a GPU to say
         done = triton.compile(source, target=GPUTarget("cuda", kind.sm, 32), options=compiler)
         ptx = done.asm["ptx"]
-        waits = (early, waits_first(ptx) == early)
-        compiled.append((done.metadata.shared, "mma" in ptx, waits, *fetching_ahead(done.asm["ttgir"])))
+        waiting = waits_first(ptx)
+        compiled.append((done.metadata.shared, "mma" in ptx, dependent, waiting, *fetching_ahead(done.asm["ttgir"])))
     return compiled
 
 
 def waits_first(ptx: str) -> bool:
-    """Whether the kernel waits for the one ahead before it reads or writes any memory that they share."""
+    """Whether the kernel waits for the one ahead, wherever it branches, before it reads or writes any memory but its
+    arguments."""
     before, wait, _ = ptx.partition("griddepcontrol.wait")
-    return bool(wait) and not re.search(r"\b(ld\.global|st\.global|cp\.async|red\.|atom\.)", before)
+    memory = r"(ld(?!\.param)|st|ldu|cp|red|atom|prefetch\w*|multimem|tensormap|call|bra|brx)\b"
+    return bool(wait) and not re.search(rf"(?m)^\s*(@!?%\w+\s+)?{memory}", before)
 
 
 def fetching_ahead(ttgir: str) -> tuple[int, list[str]]:

@@ -84,17 +84,18 @@ def test_a_graph_can_be_captured_and_replayed():
         assert torch.equal(logits, model(images))
 
 
+@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("many", [1, 10**9], ids=["halves", "segments"])
-def test_launches_that_overlap_can_be_captured(many, monkeypatch):
-    """Up to four kernels a pass, of which each may be launched before what is ahead of it has ended: here, first, a
-    copy, which a graph does not take for a kernel."""
+def test_launches_that_overlap_can_be_captured(many, copied, monkeypatch):
+    """Up to four kernels a pass, of which each may be launched before the one ahead of it has ended. The first has none
+    ahead, or a copy, which is no kernel."""
     monkeypatch.setattr(launch, "MANY", many)
     x = draw(2, 3, 3 * launch.SEGMENT + 5, 32, 64, regime="vig", dtype=torch.bfloat16, device="cuda")
     leaves = [t.detach().requires_grad_() for t in x[:5]]
 
     def step(leaves):
         q, *others = leaves
-        o = bidirectional_gla(q.clone(), *others, backend="fused")
+        o = bidirectional_gla(q.clone() if copied else q, *others, backend="fused")
         return o, *torch.autograd.grad(o, leaves, x.do)
 
     stream = torch.cuda.Stream()

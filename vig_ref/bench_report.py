@@ -52,9 +52,13 @@ def quartiles(found: list[float]) -> list[float]:
     return statistics.quantiles(found, n=4, method="inclusive")
 
 
-def spread(found: Iterable[tuple[float, float, float]]) -> str:
-    """The largest distance of an outer quartile from its median, in per cent of that."""
-    return f"{100 * max((max(high - middle, middle - low) / middle for low, middle, high in found), default=0):.2g}"
+def spread(found: Iterable[tuple[str, float, float, float]], calls: str) -> str:
+    """A sentence on the row, `(name, low, median, high)`, whose quartiles lie farthest from its median in per cent."""
+    apart = [(max(high - middle, middle - low) / middle, name) for name, low, middle, high in found]
+    if not apart:
+        return ""
+    most, name = max(apart)
+    return f"in the row that varies most, {name}, half of the {calls} are within {100 * most:.2g} % of it."
 
 
 def table(found: Report) -> str:
@@ -81,12 +85,11 @@ def markdown(found: Report, picture: Path) -> str:
     """A record for the documentation: a table for each pass, one for memory, and the picture if it lies beside it."""
     versions = found["versions"]
     fla = next((versions[name] for name in PEER_PACKAGES if versions[name] != "missing"), None)
-    within = spread((r["ms_low"], r["ms"], r["ms_high"]) for r in found["rows"])
+    rows = ((f"{r['impl']} {r['pass']} at {r['shape']}", r["ms_low"], r["ms"], r["ms_high"]) for r in found["rows"])
     lines = [
         f"{found['device']}, torch {versions['torch']}, Triton {versions['triton']}"
         f"{f', flash-linear-attention {fla}' if fla else ''}, {found['date'][:10]}, `{found['command']}`. "
-        f"A copy moves {found['copy_gb_per_s']:,.0f} GB/s. Times are medians; in the row that varies most, half of the "
-        f"calls are within {within} % of it."
+        f"A copy moves {found['copy_gb_per_s']:,.0f} GB/s. Times are medians; {spread(rows, 'calls')}"
     ]
     for which in PASSES:
         lines += ["", f"{which.replace('+', ' + ').capitalize()}, milliseconds:", ""]

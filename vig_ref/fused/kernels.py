@@ -57,8 +57,10 @@ SIZES = ["H", "T", "SEGMENT", "SEGMENTS"]
 
 @triton.jit
 def _wait(DEPENDENT: tl.constexpr):
-    """Until the kernel before has ended, whosever it is. DEPENDENT: this one may begin earlier, which hides what a
-    launch takes."""
+    """Until the kernel before has ended. DEPENDENT: this one may be launched earlier, which hides what that takes.
+
+    The kernel before may be another library's. If it was launched early, too, it has to wait in turn, as all such do.
+    """
     if DEPENDENT:
         gdc_wait()
 
@@ -377,7 +379,7 @@ def combine_kernel(
     cell = tl.program_id(2) * CELLS + tl.arange(0, CELLS)
     step = 1 if i_direction == (1 if OWN else 0) else -1  # the scan's: S_fwd and dS_rev go to the right
     first = (i_block * 2 + i_direction) * SEGMENTS + _first(0, SEGMENTS, step)
-    p_enter = p_state + first * BV * BK  # apart from what is loaded: addresses are not fetched ahead
+    p_enter = p_state + first * BV * BK  # one for all cells, and apart from what is loaded: it is not fetched ahead
     S = tl.zeros((CELLS,), p_state.dtype.element_ty)
     for i in tl.range(SEGMENTS, num_stages=STAGES, loop_unroll_factor=UNROLL):
         i_own = first + i * step
