@@ -160,7 +160,7 @@ def test_a_report_of_a_gpu():
     for counted in ("0.00186", "0.00544"):  # 1,856 and 5,440 bytes a token
         assert f"| T | 1, 1, 1024, 32, 64 | 0.00400 | 0.00800 | 0.00100 | {counted} | 4.0 | 0.50 |" in text
     assert "| T | 1, 1, 1024, 32, 64 | 8.00 | 4.00 |" in text
-    assert "in the row that varies most, sdpa forward+backward at T, half of the calls are within 20 % of it." in text
+    assert "In the row that varies most, sdpa forward+backward at T, half of the calls are within 20 % of it." in text
     assert "flash-linear-attention 3" in text
     assert "nowhere" not in text
     line = next(line for line in bench_report.table(report).splitlines() if "fused" in line)

@@ -166,8 +166,8 @@ def test_the_table_by_hand():
         "versions": {"torch": "1", "triton": "2", "timm": "3"},
     }  # fmt: skip
     text = bench_models.markdown(report)
-    assert text.startswith("GPU, torch 1, triton 2, timm 3, 2026-01-01, `c`. Medians of rounds;")
-    most = "in the row that varies most, ViG-T training at 224, eager, half of the rounds are within 10 % of it."
+    assert text.startswith("GPU, torch 1, triton 2, timm 3, 2026-01-01, `c`. Medians of rounds.")
+    most = "In the row that varies most, ViG-T training at 224, eager, half of the rounds are within 10 % of it."
     assert most in text
     inference, training = text.split("Training, images a second")
     assert "| 224 | 256 | eager | 1,000 | 4,000 | 0.25 | 8.00 | 16.0 |" in inference

@@ -182,7 +182,7 @@ def markdown(found: Report) -> str:
     circumstances = ", ".join([found["device"], *versions, found["date"][:10], f"`{found['command']}`"])
     names = (f"{r['model']} {r['pass']} at {r['pixels']}, {r['how']}" for r in found["rows"])
     rows = ((name, r["low"], r["images_per_s"], r["high"]) for name, r in zip(names, found["rows"], strict=True))
-    lines = [f"{circumstances}. Medians of rounds; {bench_report.spread(rows, 'rounds')}"]
+    lines = [f"{circumstances}. Medians of rounds. {bench_report.spread(rows, 'rounds')}"]
     for which in PASSES:
         lines += ["", f"{which.capitalize()}, images a second, and MiB beyond the model and the images:", ""]
         lines += ["| pixels | batch | run | ViG-T | DeiT-T | ViG-T / DeiT-T | ViG-T, MiB | DeiT-T, MiB |"]

@@ -58,7 +58,7 @@ def spread(found: Iterable[tuple[str, float, float, float]], calls: str) -> str:
     if not apart:
         return ""
     most, name = max(apart)
-    return f"in the row that varies most, {name}, half of the {calls} are within {100 * most:.2g} % of it."
+    return f"In the row that varies most, {name}, half of the {calls} are within {100 * most:.2g} % of it."
 
 
 def table(found: Report) -> str:
@@ -89,7 +89,7 @@ def markdown(found: Report, picture: Path) -> str:
     lines = [
         f"{found['device']}, torch {versions['torch']}, Triton {versions['triton']}"
         f"{f', flash-linear-attention {fla}' if fla else ''}, {found['date'][:10]}, `{found['command']}`. "
-        f"A copy moves {found['copy_gb_per_s']:,.0f} GB/s. Times are medians; {spread(rows, 'calls')}"
+        f"A copy moves {found['copy_gb_per_s']:,.0f} GB/s. Times are medians. {spread(rows, 'calls')}"
     ]
     for which in PASSES:
         lines += ["", f"{which.replace('+', ' + ').capitalize()}, milliseconds:", ""]
