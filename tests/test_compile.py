@@ -59,12 +59,13 @@ def launches(dtype: str, dot: str) -> list[Launch]:
     if dot == "bf16":
         ways += [dict(directions=FWD, gates=dtype), dict(directions=REV), dict(segments=True), dict(far=True)]
         ways += [dict(strided=True, far=True, gates=dtype)]  # gates of 16 bits: scratch memory for states
-        both += [launch._replace(**way) for launch in both for way in (ways[0], ways[-2], ways[-1])]
+        both_there = [way for way in ways if not {"directions", "segments"} & set(way)]
+        both += [launch._replace(**way) for launch in both for way in both_there]
         one += [Launch("backward_kernel", parts=True), Launch("segment_kernel"), Launch("combine_kernel")]
         few = [Launch("segment_kernel", own=own, few=True) for own in (False, True)]
-        one += [*few, *(few[0]._replace(**way) for way in (ways[0], dict(directions=REV), ways[-2], ways[-1]))]
+        one += [*few, *(few[0]._replace(**way) for way in (*both_there, dict(directions=REV)))]
         early = [Launch("half_kernel", halves=True, few=True, **walk) for walk in walks]
-        both += [launch._replace(**way) for launch in early for way in ({}, ways[0], ways[-2], ways[-1])]
+        both += [launch._replace(**way) for launch in early for way in ({}, *both_there)]
     every = [launch._replace(**way) for launch in (*one[:3], segment) for way in ways]
     return [*half, *one, segment, *both, *every]
 
@@ -169,15 +170,13 @@ def compile_all(tile, dtype, dot, wanted):
         if kind.kernel == "combine_kernel":
             options = launch.combine_constants(options, kind.own)
         compiler = {key: options.pop(key, None) for key in ("num_warps", "num_stages", "maxnreg", "launch_pdl")}
-        dependent = compiler["launch_pdl"]
         signature, constants, attributes = specialise(kernel.arg_names, dtype, kind, options)
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
         compiler = {key: value for key, value in compiler.items() if value is not None}
         compiler["ptx_options"] = "-O1"  # does it compile, and does it fit? Its speed is for a GPU to say
         done = triton.compile(source, target=GPUTarget("cuda", kind.sm, 32), options=compiler)
-        ptx = done.asm["ptx"]
-        waiting = waits_first(ptx)
-        compiled.append((done.metadata.shared, "mma" in ptx, dependent, waiting, *fetching_ahead(done.asm["ttgir"])))
+        ptx, fetching = done.asm["ptx"], fetching_ahead(done.asm["ttgir"])
+        compiled.append((done.metadata.shared, "mma" in ptx, compiler["launch_pdl"], waits_first(ptx), *fetching))
     return compiled
 
 

@@ -180,8 +180,10 @@ def markdown(found: Report) -> str:
     """For the terminal and the documentation: a table a pass, a line for each case and way to run it."""
     versions = [f"{name} {found['versions'][name]}" for name in ("torch", "triton", "timm")]
     circumstances = ", ".join([found["device"], *versions, found["date"][:10], f"`{found['command']}`"])
-    names = (f"{r['model']} {r['pass']} at {r['pixels']}, {r['how']}" for r in found["rows"])
-    rows = ((name, r["low"], r["images_per_s"], r["high"]) for name, r in zip(names, found["rows"], strict=True))
+    rows = (
+        (f"{r['model']} {r['pass']} at {r['pixels']}, {r['how']}", r["low"], r["images_per_s"], r["high"])
+        for r in found["rows"]
+    )
     lines = [f"{circumstances}. Medians of rounds. {bench_report.spread(rows, 'rounds')}"]
     for which in PASSES:
         lines += ["", f"{which.capitalize()}, images a second, and MiB beyond the model and the images:", ""]

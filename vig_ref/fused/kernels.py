@@ -98,6 +98,13 @@ def _first(start, count, step):
 
 
 @triton.jit
+def _places(i_block, i_s):
+    """Where a segment has its state of the forward scan, and of the reverse scan: see p_S_enter in `forward_kernel`."""
+    i_fwd = i_block * 2 * tl.num_programs(2) + i_s
+    return i_fwd, i_fwd + tl.num_programs(2)
+
+
+@triton.jit
 def _own(fwd, rev, step, DENSE: tl.constexpr):
     """The sequences of the own and of the opposite scan. DENSE: features of both are contiguous."""
     right = step > 0
@@ -130,8 +137,7 @@ def forward_kernel(
     V -= i_v * BV
     start, count = _chunks(i_s, T, SEGMENT, C)
     end = start + count - 1
-    i_fwd = i_block * 2 * tl.num_programs(2) + i_s
-    i_rev = i_fwd + tl.num_programs(2)
+    i_fwd, i_rev = _places(i_block, i_s)
     lowest = tl.zeros((ROWS // 2, BK), ACC)
     if REV:
         g_rev = sequence(g_rev, i_b, i_h, 0)
@@ -255,15 +261,13 @@ def backward_kernel(
         HAS_OWN: tl.constexpr = True
         HAS_OPP: tl.constexpr = True
     elif SECOND:
-        i_own = i_block * 2 * SEGMENTS + i_s
-        i_opp = i_own + SEGMENTS
+        i_own, i_opp = _places(i_block, i_s)
         step: tl.constexpr = 1
         g_own, g_opp, dg_own, dg_opp = g_fwd, g_rev, dg_fwd, dg_rev
         HAS_OWN: tl.constexpr = FWD
         HAS_OPP: tl.constexpr = REV
     else:
-        i_opp = i_block * 2 * SEGMENTS + i_s
-        i_own = i_opp + SEGMENTS
+        i_opp, i_own = _places(i_block, i_s)
         step: tl.constexpr = -1
         g_own, g_opp, dg_own, dg_opp = g_rev, g_fwd, dg_rev, dg_fwd
         HAS_OWN: tl.constexpr = REV
@@ -352,8 +356,7 @@ def segment_kernel(
             b_xE = b_x * exp2(sums(ahead(True, OWN, C), b_g, DOT) + decay_against, DOT)  # C is ROWS
             S_against = dot(b_yT, b_xE, S_against, DOT)
             decay_against += total(b_g, DOT)
-    i_fwd = i_block * 2 * tl.num_programs(2) + i_s
-    i_rev = i_fwd + tl.num_programs(2)
+    i_fwd, i_rev = _places(i_block, i_s)
     i_along, i_against = (i_rev, i_fwd) if OWN else (i_fwd, i_rev)
     row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, BK)[None, :]  # rows are equal
     if ALONG:
