@@ -184,8 +184,12 @@ def test_a_case_that_is_none_is_refused(text, capsys):
 
 
 @pytest.mark.parametrize(
-    ("what", "option", "value", "owner"), [("ops", "--images", "64,2", "models"), ("models", "--shapes", "T224", "ops")]
-)
+    ("what", "option", "value", "owner"),
+    [
+        ("ops", "--images", "64,2", "models"), ("limits", "--images", "64,2", "models"),
+        ("models", "--shapes", "T224", "ops and limits"), ("traffic", "--shapes", "T224", "ops and limits"),
+    ],
+)  # fmt: skip
 def test_an_option_of_the_other_command_is_refused(what, option, value, owner):
     with pytest.raises(SystemExit, match=f"bench {what}: {option} is an option of vig-ref bench {owner}; leave it out"):
         cli.main(["bench", what, "--device", "cpu", option, value])

@@ -151,6 +151,12 @@ def inputs(shape: Shape, device: str, sets: int = 1) -> list[Inputs]:
     return found
 
 
+def rotated(shape: Shape, device: str) -> list[Inputs]:
+    """Inputs for successive calls: see ROTATED."""
+    bytes_a_set = traffic.BF16 * shape.tokens * (shape.K + shape.V) * 2
+    return inputs(shape, device, min(math.ceil(ROTATED / bytes_a_set), CALLS["cuda"][1]) if device == "cuda" else 1)
+
+
 # --- are they right? -------------------------------------------------------------------------------------------------
 
 
@@ -264,8 +270,7 @@ def row(shape: Shape, impl: str, which: str, ms: list[float], mib: float | None)
 def measured(shape: Shape, impl: Impl, device: str) -> list[Row]:
     """Both passes of an implementation; softmax attention has queries and keys as wide as values."""
     shaped = shape._replace(K=shape.V) if impl.name == "sdpa" else shape
-    bytes_a_set = traffic.BF16 * shape.tokens * (shaped.K + shaped.V) * 2
-    sets = inputs(shaped, device, min(math.ceil(ROTATED / bytes_a_set), CALLS["cuda"][1]) if device == "cuda" else 1)
+    sets = rotated(shaped, device)
     rows = []
     for which in PASSES:
         function = call(impl, which != "forward", shaped.K**-0.5)
@@ -287,16 +292,16 @@ def floor(shape: Shape, speed: list[float]) -> list[Row]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
-        "what", choices=("ops", "models", "traffic"),
-        help="time the operator, or whole models, or only count the operator's bytes",
+        "what", choices=("ops", "limits", "models", "traffic"),
+        help="time the operator, see what limits the fused layer, time whole models, or only count bytes",
     )  # fmt: skip
-    timed = parser.add_argument_group("of ops and models")
+    timed = parser.add_argument_group("of ops, limits and models")
     timed.add_argument("--device", choices=("cuda", "cpu"), default=here, help=f"here the default is {here}")
     timed.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for what is written (out/bench)")
     timed.add_argument("--record", type=Path, metavar="FILE", help="also write this JSON; of ops a picture, too")
     timed.add_argument("--report", type=Path, metavar="FILE", help="only print such a record as Markdown tables")
     names = ", ".join(NAMED)
-    ops = parser.add_argument_group("of ops only")
+    ops = parser.add_argument_group("of ops and limits")
     ops.add_argument("--shapes", nargs="+", type=parse_shape, metavar="SHAPE", help=f"B,H,T,K,V, or one of {names}")
     models = parser.add_argument_group("of models only")
     square = "PIXELS,BATCH, the side of square images and how many"
@@ -311,14 +316,20 @@ def parse_shape(text: str) -> Shape:
 
 def run(options: argparse.Namespace) -> int:
     """1 if a layer is wrong, else 0."""
-    for what, given, name in (("ops", options.shapes, "--shapes"), ("models", options.images, "--images")):
-        if given and options.what != what:
-            raise SystemExit(f"vig-ref bench {options.what}: {name} is an option of vig-ref bench {what}; leave it out")
+    own = {"--shapes": (options.shapes, ("ops", "limits")), "--images": (options.images, ("models",))}
+    for name, (given, owners) in own.items():
+        if given and options.what not in owners:
+            of = f"{name} is an option of vig-ref bench {' and '.join(owners)}"
+            raise SystemExit(f"vig-ref bench {options.what}: {of}; leave it out")
     if options.what == "traffic":
         print(traffic.table())
         return 0
     if options.what == "models":
         return bench_models.run(options)
+    if options.what == "limits":
+        from vig_ref import bench_limits  # which times with the functions of this file
+
+        return bench_limits.run(options)
     if options.report:
         print(bench_report.markdown(json.loads(options.report.read_text()), options.report.with_suffix(".png")))
         return 0
@@ -398,7 +409,7 @@ def missing(s: Shape, name: str, reason: str) -> Row:
 
 
 def command(options: argparse.Namespace) -> str:
-    words = ["vig-ref bench ops", f"--device {options.device}"]
+    words = [f"vig-ref bench {options.what}", f"--device {options.device}"]
     if options.shapes:
         words += ["--shapes", *(f'"{s.name}"' if " " in s.name else s.name for s in options.shapes)]
     return " ".join(words)

@@ -131,7 +131,7 @@ def grid(found: Report, which: str, columns: dict[str, Cell]) -> list[str]:
     kept = {name: cell for name, cell in columns.items() if any(cell(rows) for rows in shapes.values())}
     lines = [f"| shape | B, H, T, K, V | {' | '.join(kept)} |", "|---|---|" + "---|" * len(kept)]
     for name, rows in shapes.items():
-        sizes = ", ".join(str(rows["floor"][size]) for size in "BHTKV")
+        sizes = ", ".join(str(next(iter(rows.values()))[size]) for size in "BHTKV")
         lines.append(f"| {name} | {sizes} | {' | '.join(cell(rows) for cell in kept.values())} |")
     return lines if kept else ["Not counted on a CPU."]
 

@@ -1,0 +1,95 @@
+"""`vig-ref bench limits`: does the fused layer wait for memory, or for its own arithmetic? On a GPU.
+
+It times the shapes of `vig-ref bench ops` in four ways:
+
+    as it is
+    inputs in the L2 cache     the batch is one image seen many times, the same in every call
+    loads and stores only      the same launches without the arithmetic of their walks: `vig_ref/bench_bare.py`
+    both                       of the latter
+
+With the fastest memory these launches would still take the second, with the fastest arithmetic still the third. Whether
+results are right is not asked here: `vig-ref bench ops` and `vig-ref verify` do.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from vig_ref import bench, bench_report, machine
+from vig_ref.bench import Shape
+from vig_ref.bench_report import Report, Row, quartiles
+from vig_ref.tolerance import Inputs
+from vig_ref.traffic import PASSES
+from vig_ref.verify import write_json
+
+
+class Way(NamedTuple):
+    """One way to call the fused layer."""
+
+    name: str
+    from_memory: bool  # the inputs
+    arithmetic: bool
+
+
+WAYS = (
+    Way("as it is", True, True), Way("inputs in the L2 cache", False, True), Way("loads and stores only", True, False),
+    Way("both", False, False),
+)  # fmt: skip
+
+
+def one_image(x: Inputs) -> Inputs:
+    """The first image of a batch, as often as there are images: a stride of 0."""
+    return Inputs(*(t.detach()[:1].expand(t.shape).requires_grad_(t.requires_grad) for t in x))
+
+
+def measured(shape: Shape, device: str) -> list[Row]:
+    """Both passes, each in all ways."""
+    from vig_ref.bench_bare import without_arithmetic  # needs Triton
+
+    impl = bench.implementation("fused", device)
+    sets = bench.rotated(shape, device)
+    rows = []
+    for which in PASSES:
+        function = bench.call(impl, which != "forward", shape.K**-0.5)
+        for way in WAYS:
+            with contextlib.nullcontext() if way.arithmetic else without_arithmetic():
+                ms = quartiles(bench.times(function, sets if way.from_memory else [one_image(sets[0])], device))
+            rows.append(bench.row(shape, way.name, which, ms, None))
+    return rows
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.report:
+        print(markdown(json.loads(options.report.read_text())))
+        return 0
+    machine.prepare("vig-ref bench limits", options.device)
+    shapes = options.shapes or bench.GPU_SHAPES
+    if reason := bench.why_not("fused", shapes[0], options.device):
+        raise SystemExit(f"vig-ref bench limits: {reason}; run it on a machine with an NVIDIA GPU")
+    found: Report = {**machine.circumstances(bench.command(options), options.device), "rows": []}
+    for shape in tqdm(shapes, desc="timing", unit="shape", disable=None):
+        found["rows"] += measured(shape, options.device)
+    for path in [options.out / "limits.json", *([options.record] if options.record else [])]:
+        write_json(found, path)
+    print(markdown(found))
+    print(f"\nwritten: {options.out / 'limits.json'}")
+    return 0
+
+
+def markdown(found: Report) -> str:
+    """For the terminal and the documentation: a table a pass."""
+    versions = found["versions"]
+    rows = ((f"{r['impl']}, {r['pass']} at {r['shape']}", r["ms_low"], r["ms"], r["ms_high"]) for r in found["rows"])
+    lines = [
+        f"{found['device']}, torch {versions['torch']}, Triton {versions['triton']}, {found['date'][:10]}, "
+        f"`{found['command']}`. Medians. {bench_report.spread(rows, 'calls')}"
+    ]
+    for which in PASSES:
+        lines += ["", f"{which.replace('+', ' + ').capitalize()}, milliseconds:", ""]
+        columns = {way.name: functools.partial(bench_report.median, way.name) for way in WAYS}
+        lines += bench_report.grid(found, which, columns)
+    return "\n".join(lines)
