@@ -91,12 +91,13 @@ def test_one_image_is_the_first_many_times():
 
 @interpreted
 def test_which_way_is_which(tmp_path, monkeypatch, capsys):
-    """A run whose clock says what it was given: 1 for inputs that differ, 2 for the fused layer's own kernels."""
+    """A run whose clock says what it was given: 1 for inputs that differ, 2 for the fused layer's own kernels, 4 for
+    gradients."""
     own = launch.kernels
 
     def times(function, sets, device):
-        function(sets[0])
-        return [1.0 + (sets[0].q.stride(0) != 0) + 2 * (launch.kernels is own)] * 3
+        backward = isinstance(function(sets[0]), tuple)
+        return [1.0 + (sets[0].q.stride(0) != 0) + 2 * (launch.kernels is own) + 4 * backward] * 3
 
     monkeypatch.setattr(bench, "why_not", lambda *_: None)
     fused = bench.Impl("fused", functools.partial(bidirectional_gla, backend="fused"))
@@ -110,9 +111,13 @@ def test_which_way_is_which(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "out" / "limits.json").read_text()) == report
     assert report["command"] == "vig-ref bench limits --device cpu --shapes 2,1,17,4,8"
     assert [(r["pass"], r["impl"], r["ms"]) for r in report["rows"]] == [
-        (which, way.name, ms) for which in PASSES for way, ms in zip(WAYS, (4.0, 3.0, 2.0, 1.0), strict=True)
+        (which, way.name, ms + 4 * (which != "forward"))
+        for which in PASSES
+        for way, ms in zip(WAYS, (4.0, 3.0, 2.0, 1.0), strict=True)
     ]
-    assert printed.count("| 2,1,17,4,8 | 2, 1, 17, 4, 8 | 4.00 | 3.00 | 2.00 | 1.00 |") == len(PASSES)
+    forward, both = printed.split("Forward + backward, milliseconds:")
+    assert "| 2,1,17,4,8 | 2, 1, 17, 4, 8 | 4.00 | 3.00 | 2.00 | 1.00 |" in forward
+    assert "| 2,1,17,4,8 | 2, 1, 17, 4, 8 | 8.00 | 7.00 | 6.00 | 5.00 |" in both
     assert cli.main([*limits, "--report", str(record)]) == 0
     assert capsys.readouterr().out.strip() in printed
 
