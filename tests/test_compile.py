@@ -99,6 +99,21 @@ def test_every_launch_compiles(tile, dtype, dot):
         assert tensor_cores == (dot != "ieee" and launch.kernel != "combine_kernel"), launch
 
 
+@pytest.mark.parametrize("tile", list(TILES)[:2])
+def test_bare_walks_compile_to_the_same_loads_and_stores(tile):
+    """`vig-ref bench limits` says what the fused layer takes without its arithmetic. The compiler leaves out loads that
+    nothing depends on, and fetches ahead only what it thinks worth it."""
+    walks = [dict(second=False), dict(second=True)]
+    wanted = [Launch("forward_kernel"), *(Launch("backward_kernel", **walk) for walk in walks)]
+    both = ("half_kernel", "backward_kernel")
+    wanted += [Launch(name, halves=True, few=tile[0] < 32, **walk) for name in both for walk in walks]
+    compiled = where_triton_compiles("compile_bare", tile, wanted)
+    assert len(compiled) == len(wanted)
+    for launch, (own, bare) in zip(wanted, compiled, strict=True):
+        assert own
+        assert own == bare, launch
+
+
 def test_the_heads_of_vig_have_tiles_of_their_own():
     assert list(TILES)[:2] == [(16, 32), (32, 64)]
 
@@ -149,35 +164,53 @@ def compile_parts(dtype, sm):
 
 
 def compile_all(tile, dtype, dot, wanted):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from vig_ref.fused import kernels, launch
+    from vig_ref.fused import kernels
 
     compiled = []
     for kind in (Launch(*each) for each in wanted):
-        kernel = getattr(kernels, kind.kernel)
-        backward = kind.kernel == "backward_kernel"
-        options = launch.constants(
-            tuple(tile), dot, *kind.directions, backward=backward, far=kind.far, dependent=kind.sm >= 90
-        )
-        if kind.kernel == "half_kernel":
-            options = launch.half_constants(options, not kind.strided, kind.few, kind.second)
-        if backward:
-            options = launch.backward_constants(options, kind.halves, not kind.strided, kind.second)
-        if kind.kernel == "segment_kernel":
-            options = launch.segment_constants(options, kind.own, kind.few)
-        if kind.kernel == "combine_kernel":
-            options = launch.combine_constants(options, kind.own)
-        compiler = {key: options.pop(key, None) for key in ("num_warps", "num_stages", "maxnreg", "launch_pdl")}
-        signature, constants, attributes = specialise(kernel.arg_names, dtype, kind, options)
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        compiler = {key: value for key, value in compiler.items() if value is not None}
-        compiler["ptx_options"] = "-O1"  # does it compile, and does it fit? Its speed is for a GPU to say
-        done = triton.compile(source, target=GPUTarget("cuda", kind.sm, 32), options=compiler)
+        done = compile_one(kernels, tile, dtype, dot, kind)
         ptx, fetching = done.asm["ptx"], fetching_ahead(done.asm["ttgir"])
-        compiled.append((done.metadata.shared, "mma" in ptx, compiler["launch_pdl"], waits_first(ptx), *fetching))
+        compiled.append((done.metadata.shared, "mma" in ptx, done.metadata.launch_pdl, waits_first(ptx), *fetching))
     return compiled
+
+
+def compile_bare(tile, wanted):
+    """What loops of the fused layer's walks read and write, and the same of `bench_bare.py`."""
+    from vig_ref import bench_bare
+    from vig_ref.fused import kernels
+
+    both = []
+    for kind in (Launch(*each) for each in wanted):
+        modules = kernels, bench_bare.bare_kernels()
+        both.append([memory_of_loops(compile_one(of, tile, "bf16", "bf16", kind).asm["ttgir"]) for of in modules])
+    return both
+
+
+def compile_one(kernels, tile, dtype, dot, kind):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from vig_ref.fused import launch
+
+    kernel = getattr(kernels, kind.kernel)
+    backward = kind.kernel == "backward_kernel"
+    options = launch.constants(
+        tuple(tile), dot, *kind.directions, backward=backward, far=kind.far, dependent=kind.sm >= 90
+    )
+    if kind.kernel == "half_kernel":
+        options = launch.half_constants(options, not kind.strided, kind.few, kind.second)
+    if backward:
+        options = launch.backward_constants(options, kind.halves, not kind.strided, kind.second)
+    if kind.kernel == "segment_kernel":
+        options = launch.segment_constants(options, kind.own, kind.few)
+    if kind.kernel == "combine_kernel":
+        options = launch.combine_constants(options, kind.own)
+    compiler = {key: options.pop(key, None) for key in ("num_warps", "num_stages", "maxnreg", "launch_pdl")}
+    signature, constants, attributes = specialise(kernel.arg_names, dtype, kind, options)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiler = {key: value for key, value in compiler.items() if value is not None}
+    compiler["ptx_options"] = "-O1"  # does it compile, and does it fit? Its speed is for a GPU to say
+    return triton.compile(source, target=GPUTarget("cuda", kind.sm, 32), options=compiler)
 
 
 def waits_first(ptx: str) -> bool:
@@ -190,9 +223,26 @@ def waits_first(ptx: str) -> bool:
 
 def fetching_ahead(ttgir: str) -> tuple[int, list[str]]:
     """The number of loops that fetch ahead, and the loads that they wait for all the same."""
-    loops = re.finditer(r"^( +)(?:%\S+ = )?scf\.for .*?^\1}", ttgir, re.MULTILINE | re.DOTALL)
-    loops = [loop[0] for loop in loops if "async_copy" in loop[0]]
+    loops = loops_ahead(ttgir)
     return len(loops), re.findall(r"(%\S+) = tt\.load", "".join(loops))
+
+
+def memory_of_loops(ttgir: str) -> list[list[str]]:
+    """Of each loop that fetches ahead, in any order: its fetches, waits for them, loads and stores, and their types."""
+    operations = r"(?:ttg\.async_(?:copy_global_to_local|wait)|tt\.(?:load|store)) .*"
+    return [sorted(map(signature_of, re.findall(operations, loop))) for loop in loops_ahead(ttgir)]
+
+
+def signature_of(operation: str) -> str:
+    """Of a wait how much may still be on its way, of the others the shape and dtype of what they move."""
+    what = re.search(r"num = \d+|tensor<[0-9x]+x!tt.ptr<[a-z0-9]+>", operation)
+    assert what, operation
+    return f"{operation.split()[0]} {what[0]}"
+
+
+def loops_ahead(ttgir: str) -> list[str]:
+    loops = re.finditer(r"^( +)(?:%\S+ = )?scf\.for .*?^\1}", ttgir, re.MULTILINE | re.DOTALL)
+    return [loop[0] for loop in loops if "async_copy" in loop[0]]
 
 
 def specialise(names, dtype, kind, options):

@@ -1,15 +1,16 @@
 """The fused layer's launches without the arithmetic of their walks, for `vig-ref bench limits`. Its results are wrong.
 
 The walks of `vig_ref/fused/anchored.py` again, with the same loads and stores in the same loops. In between they only
-add up what they load, since the compiler leaves out a load that nothing depends on. All else, from the list of launches
-to the registers that the exact path asks for, is the fused layer's own; so are the small kernels for segments.
+add up what they load, since the compiler leaves out a load that nothing depends on. All else is the fused layer's own:
+the launches, the small kernels for segments, the exact path, which is compiled but not taken, and so most registers; in
+the first walk of the backward pass there are fewer, and more programs share a multiprocessor.
 """
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Iterator
 from types import ModuleType
-from unittest import mock
 
 import triton
 import triton.language as tl
@@ -21,11 +22,15 @@ from vig_ref.fused.blocks import ROWS, chunk, keep, kept, load, other_share, sto
 @contextlib.contextmanager
 def without_arithmetic() -> Iterator[None]:
     """The fused layer launches these walks instead of its own."""
-    with mock.patch.object(launch, "kernels", _bare_kernels()):
+    launch.kernels = bare_kernels()
+    try:
         yield
+    finally:
+        launch.kernels = kernels
 
 
-def _bare_kernels() -> ModuleType:
+@functools.cache
+def bare_kernels() -> ModuleType:
     """A second copy of the module of the kernels, in which the names of the walks mean those of this file."""
     spec = importlib.util.spec_from_file_location("vig_ref.fused.bare_kernels", kernels.__file__)
     assert spec

@@ -5,10 +5,11 @@ It times the shapes of `vig-ref bench ops` in four ways:
     as it is
     inputs in the L2 cache     the batch is one image seen many times, the same in every call
     loads and stores only      the same launches without the arithmetic of their walks: `vig_ref/bench_bare.py`
-    both                       of the latter
+    both                       the second and the third at once
 
-With the fastest memory these launches would still take the second, with the fastest arithmetic still the third. Whether
-results are right is not asked here: `vig-ref bench ops` and `vig-ref verify` do.
+What "both" takes is neither waiting for inputs nor arithmetic of the walks, but launches, instructions that fetch and
+store, results and states on their way to memory, and the kernels for states. Whether results are right is not asked
+here: `vig-ref bench ops` and `vig-ref verify` do.
 """
 
 import argparse
@@ -69,7 +70,8 @@ def run(options: argparse.Namespace) -> int:
     machine.prepare("vig-ref bench limits", options.device)
     shapes = options.shapes or bench.GPU_SHAPES
     if reason := bench.why_not("fused", shapes[0], options.device):
-        raise SystemExit(f"vig-ref bench limits: {reason}; run it on a machine with an NVIDIA GPU")
+        advice = "; this needs an NVIDIA GPU" if options.device == "cpu" else ""
+        raise SystemExit(f"vig-ref bench limits: {reason}{advice}")
     found: Report = {**machine.circumstances(bench.command(options), options.device), "rows": []}
     for shape in tqdm(shapes, desc="timing", unit="shape", disable=None):
         found["rows"] += measured(shape, options.device)
