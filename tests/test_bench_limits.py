@@ -15,14 +15,14 @@ from vig_ref.bench import GPU_SHAPES, Shape
 from vig_ref.bench_bare import without_arithmetic
 from vig_ref.bench_limits import WAYS
 from vig_ref.fused import launch
-from vig_ref.tolerance import draw
+from vig_ref.tolerance import draw, evaluate
 from vig_ref.traffic import PASSES
+
+FUSED = functools.partial(bidirectional_gla, backend="fused")
 
 
 def both_passes(x):
-    leaves = [t.detach().requires_grad_() for t in x[:5]]
-    o = bidirectional_gla(*leaves, scale=0.5, backend="fused")
-    return o, *torch.autograd.grad(o, leaves, x.do)
+    return evaluate(FUSED, x, scale=0.5).values()
 
 
 def requests(x, monkeypatch):
@@ -101,8 +101,7 @@ def test_which_way_is_which(tmp_path, monkeypatch, capsys):
         return [1.0 + (len(sets) == 2) + 2 * (launch.kernels is own) + 4 * backward] * 3
 
     monkeypatch.setattr(bench, "why_not", lambda *_: None)
-    fused = bench.Impl("fused", functools.partial(bidirectional_gla, backend="fused"))
-    monkeypatch.setattr(bench, "implementation", lambda *_: fused)
+    monkeypatch.setattr(bench, "implementation", lambda *_: bench.Impl("fused", FUSED))
     monkeypatch.setattr(bench, "rotated", lambda shape, device: bench.inputs(shape, device, 2))
     monkeypatch.setattr(bench, "times", times)
     record = tmp_path / "record.json"

@@ -343,7 +343,7 @@ def run(options: argparse.Namespace) -> int:
     if wrong:
         print("The speed of a wrong layer is not told, nor of others beside it: see vig-ref verify.", file=sys.stderr)
         return 1
-    for path in [options.out / "ops.json", *([options.record] if options.record else [])]:
+    for path in bench_report.destinations(options, "ops.json"):
         write_json(found, path)
         bench_report.draw(found, path.with_suffix(".png"))
     print(bench_report.table(found))

@@ -14,7 +14,6 @@ here: `vig-ref bench ops` and `vig-ref verify` do.
 
 import argparse
 import contextlib
-import functools
 import json
 from typing import NamedTuple
 
@@ -75,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     found: Report = {**machine.circumstances(bench.command(options), options.device), "rows": []}
     for shape in tqdm(shapes, desc="timing", unit="shape", disable=None):
         found["rows"] += measured(shape, options.device)
-    for path in [options.out / "limits.json", *([options.record] if options.record else [])]:
+    for path in bench_report.destinations(options, "limits.json"):
         write_json(found, path)
     print(markdown(found))
     print(f"\nwritten: {options.out / 'limits.json'}")
@@ -84,14 +83,8 @@ def run(options: argparse.Namespace) -> int:
 
 def markdown(found: Report) -> str:
     """For the terminal and the documentation: a table a pass."""
-    versions = found["versions"]
+    versions = [f"torch {found['versions']['torch']}", f"Triton {found['versions']['triton']}"]
     rows = ((f"{r['impl']}, {r['pass']} at {r['shape']}", r["ms_low"], r["ms"], r["ms_high"]) for r in found["rows"])
-    lines = [
-        f"{found['device']}, torch {versions['torch']}, Triton {versions['triton']}, {found['date'][:10]}, "
-        f"`{found['command']}`. Medians. {bench_report.spread(rows, 'calls')}"
-    ]
-    for which in PASSES:
-        lines += ["", f"{which.replace('+', ' + ').capitalize()}, milliseconds:", ""]
-        columns = {way.name: functools.partial(bench_report.median, way.name) for way in WAYS}
-        lines += bench_report.grid(found, which, columns)
-    return "\n".join(lines)
+    first = f"{bench_report.circumstances(found, *versions)}. Medians. {bench_report.spread(rows, 'calls')}"
+    columns = bench_report.medians(way.name for way in WAYS)
+    return "\n".join([first, *bench_report.milliseconds(found, columns)])

@@ -162,7 +162,7 @@ def run(options: argparse.Namespace) -> int:
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    for path in [options.out / "models.json", *([options.record] if options.record else [])]:
+    for path in bench_report.destinations(options, "models.json"):
         write_json(found, path)
     print(markdown(found))
     print(f"\nwritten: {options.out / 'models.json'}")
@@ -179,12 +179,12 @@ def command(options: argparse.Namespace) -> str:
 def markdown(found: Report) -> str:
     """For the terminal and the documentation: a table a pass, a line for each case and way to run it."""
     versions = [f"{name} {found['versions'][name]}" for name in ("torch", "triton", "timm")]
-    circumstances = ", ".join([found["device"], *versions, found["date"][:10], f"`{found['command']}`"])
     rows = (
         (f"{r['model']} {r['pass']} at {r['pixels']}, {r['how']}", r["low"], r["images_per_s"], r["high"])
         for r in found["rows"]
     )
-    lines = [f"{circumstances}. Medians of rounds. {bench_report.spread(rows, 'rounds')}"]
+    first = f"{bench_report.circumstances(found, *versions)}. Medians of rounds."
+    lines = [f"{first} {bench_report.spread(rows, 'rounds')}"]
     for which in PASSES:
         lines += ["", f"{which.capitalize()}, images a second, and MiB beyond the model and the images:", ""]
         lines += ["| pixels | batch | run | ViG-T | DeiT-T | ViG-T / DeiT-T | ViG-T, MiB | DeiT-T, MiB |"]

@@ -4,6 +4,7 @@ A report is a dictionary: `rows`, each one implementation in one pass at one sha
 `copy_gb_per_s` and what `machine.circumstances` knows.
 """
 
+import argparse
 import functools
 import math
 import statistics
@@ -22,6 +23,11 @@ Report = dict[str, Any]
 Cell = Callable[[dict[str, Row]], str]  # of the rows of one shape and pass, by implementation
 IMPLS = ("fused", "chunked", "naive", "sdpa", "fla", "floor")
 PEER_PACKAGES = ("flash-linear-attention", "fla-core")  # the first brings the second, which has the kernels
+
+
+def destinations(options: argparse.Namespace, name: str) -> list[Path]:
+    """Where a report of this name goes: into the folder of --out, and to --record if that was given."""
+    return [options.out / name, *([options.record] if options.record else [])]
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -86,16 +92,14 @@ def markdown(found: Report, picture: Path) -> str:
     versions = found["versions"]
     fla = next((versions[name] for name in PEER_PACKAGES if versions[name] != "missing"), None)
     rows = ((f"{r['impl']} {r['pass']} at {r['shape']}", r["ms_low"], r["ms"], r["ms_high"]) for r in found["rows"])
+    packages = [f"torch {versions['torch']}", f"Triton {versions['triton']}"]
     lines = [
-        f"{found['device']}, torch {versions['torch']}, Triton {versions['triton']}"
-        f"{f', flash-linear-attention {fla}' if fla else ''}, {found['date'][:10]}, `{found['command']}`. "
+        f"{circumstances(found, *packages, *([f'flash-linear-attention {fla}'] if fla else []))}. "
         f"A copy moves {found['copy_gb_per_s']:,.0f} GB/s. Times are medians. {spread(rows, 'calls')}"
     ]
-    for which in PASSES:
-        lines += ["", f"{which.replace('+', ' + ').capitalize()}, milliseconds:", ""]
-        others: dict[str, Cell] = {"fused, counted": functools.partial(counted, found["copy_gb_per_s"])}
-        others |= {f"fused / {peer}": functools.partial(ratio, peer) for peer in ("floor", "sdpa")}
-        lines += grid(found, which, {i: functools.partial(median, i) for i in IMPLS} | others)
+    others: dict[str, Cell] = {"fused, counted": functools.partial(counted, found["copy_gb_per_s"])}
+    others |= {f"fused / {peer}": functools.partial(ratio, peer) for peer in ("floor", "sdpa")}
+    lines += milliseconds(found, medians(IMPLS) | others)
     lines += ["", "Forward + backward, MiB beyond the inputs at the peak:", ""]
     lines += grid(found, PASSES[1], {i: functools.partial(memory, i) for i in IMPLS})
     if found["left_out"]:
@@ -103,6 +107,16 @@ def markdown(found: Report, picture: Path) -> str:
     if picture.exists():
         lines += ["", f"![Milliseconds against the number of tokens, both logarithmic](results/{picture.name})"]
     return "\n".join(lines)
+
+
+def circumstances(found: Report, *packages: str) -> str:
+    """What somebody needs to repeat a run. packages: names with their versions."""
+    return ", ".join([found["device"], *packages, found["date"][:10], f"`{found['command']}`"])
+
+
+def medians(impls: Iterable[str]) -> dict[str, Cell]:
+    """A column for each."""
+    return {impl: functools.partial(median, impl) for impl in impls}
 
 
 def median(impl: str, rows: dict[str, Row]) -> str:
@@ -123,6 +137,14 @@ def memory(impl: str, rows: dict[str, Row]) -> str:
 
 def ratio(peer: str, rows: dict[str, Row]) -> str:
     return number(rows["fused"]["ms"] / rows[peer]["ms"], 2) if {"fused", peer} <= rows.keys() else ""
+
+
+def milliseconds(found: Report, columns: dict[str, Cell]) -> list[str]:
+    """A table a pass."""
+    lines = []
+    for which in PASSES:
+        lines += ["", f"{which.replace('+', ' + ').capitalize()}, milliseconds:", "", *grid(found, which, columns)]
+    return lines
 
 
 def grid(found: Report, which: str, columns: dict[str, Cell]) -> list[str]:
