@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vig_ref import bench, bench_report, chunked, cli, naive, tolerance, traffic
+from vig_ref import bench, bench_report, chunked, cli, machine, naive, tolerance, traffic
 from vig_ref.bench import GPU_SHAPES, NAMED, Shape
 from vig_ref.fused import launch
 
@@ -321,6 +321,26 @@ def test_the_page_in_the_docs_shows_the_record():
     if record := shown_record("h200-ops.json", lambda record: bench_report.markdown(record, picture)):
         assert {s.name for s in GPU_SHAPES} <= {r["shape"] for r in record["rows"]}
         assert all(c["passed"] for c in record["checks"])
+
+
+def test_memory_is_the_peak_of_what_a_call_asks_for(monkeypatch):
+    """The allocator may hand out more, by what calls before left over: T2048b1 once had 0.4 MiB too many."""
+    bytes_, peak = {"requested": 5 * 2**20, "allocated": 6 * 2**20}, {}
+
+    def grow():
+        bytes_["requested"] += 3 * 2**19
+        bytes_["allocated"] += 2**21
+        peak.update(bytes_)
+        bytes_["requested"] -= 2**19
+
+    def stats():
+        return {f"{n}_bytes.all.{k}": x[n] for n in bytes_ for k, x in (("current", bytes_), ("peak", peak))}
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.update(bytes_))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_stats", stats)
+    assert machine.mebibytes(grow, "cuda") == 1.5
+    assert machine.mebibytes(grow, "cpu") is None
 
 
 @pytest.mark.gpu

@@ -128,9 +128,10 @@ def test_a_cpu_is_refused():
         cli.main(["bench", "limits", "--device", "cpu"])
 
 
-def test_the_page_in_the_docs_shows_the_record():
+def test_the_page_in_the_docs_shows_the_records():
     if record := shown_record("h200-limits.json", bench_limits.markdown):
         assert [s.name for s in GPU_SHAPES] == list(dict.fromkeys(r["shape"] for r in record["rows"]))
+    shown_record("h200-lengths.json", bench_limits.markdown)
 
 
 @pytest.mark.gpu

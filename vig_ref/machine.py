@@ -32,15 +32,18 @@ def import_timm() -> tuple[Any, str]:
 
 
 def mebibytes(function: Callable[[], Any], device: str) -> float | None:
-    """Peak of what a call takes beyond what is there, its results included; None on a CPU, where nobody counts."""
+    """Peak of what a call asks for beyond what is there, its results included; None on a CPU, where nobody counts.
+
+    What the allocator hands out may be more, by what calls before this one left over.
+    """
     if device == "cpu":
         return None
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     function()
     torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
+    return round((torch.cuda.memory_stats()["requested_bytes.all.peak"] - before) / 2**20, 2)
 
 
 def circumstances(command: str, device: str, packages: tuple[str, ...] = ()) -> dict[str, Any]:
