@@ -93,7 +93,7 @@ def test_every_launch_compiles(tile, dtype, dot):
         if dot == "bf16" and tile[0] < MAX_K and launch.kernel != "combine_kernel" and not launch.strided:
             walks = sum(launch.directions) if launch.kernel == "forward_kernel" else 1
             assert fetching == walks, launch
-            if Version(triton.__version__) >= Version("3.9"):  # all but this: docs/performance.md, "What limits it now"
+            if Version(triton.__version__) >= Version("3.9"):  # all but this: docs/lab_notebook.md, "Triton"
                 waits = [name for name in waits if not name.startswith("%b_dS")]
             assert launch.sm < 90 or not waits, (launch, waits)  # see `gradients_anchored`
         assert tensor_cores == (dot != "ieee" and launch.kernel != "combine_kernel"), launch

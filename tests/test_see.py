@@ -151,6 +151,7 @@ def test_attention_command_with_weights(tmp_path):
         (["--block", "12"], "vig-ref see: block: expected -12 to 11, got 12"),
         (["--head", "3"], "vig-ref see: head: expected 0 to 2, got 3"),
         (["--token", "2", "0"], "vig-ref see: token: expected a row and a column of the 2x2 grid, got 2 0"),
+        (["--model", "vig_small", "--weights", "w.pth"], "vig-ref see: the weights say which model they are of; give"),
         (["--size", "30"], "vig-ref see: image size: expected multiples of the patch size 16, got 30x30"),
     ],
 )
@@ -158,6 +159,11 @@ def test_attention_errors(tmp_path, arguments, message):
     with pytest.raises(SystemExit) as error:
         cli.main(["see", "attention", "--size", "32", *arguments, "--out", str(tmp_path)])
     assert str(error.value).startswith(message)
+
+
+def test_erf_refuses_what_is_of_attention_only(tmp_path):
+    with pytest.raises(SystemExit, match="erf draws five models of its own, untrained, and takes no --weights, --block$"):
+        cli.main(["see", "erf", "--size", "32", "--weights", "w.pth", "--block", "0", "--out", str(tmp_path)])
 
 
 def test_erf_command_without_timm(tmp_path, monkeypatch):

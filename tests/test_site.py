@@ -234,22 +234,22 @@ def shown_numbers(page):
     rows = {}
     for name in ("fwd", "rev", "both"):
         total, place, weight = page.locator(f"#explorer-row-{name} td").all_inner_texts()
-        where = tuple(int(n) - 1 for n in re.findall(r"\d+", place)) or None
+        where = tuple(int(n) for n in re.findall(r"\d+", place)) or None
         rows[name] = float(total), where, float(weight.replace("−", "-"))
     return rows
 
 
 def assert_shows(page, token, tau):
-    """The token's numbers are those of the naive layer, as far as a byte a weight and three digits tell."""
+    """The token's numbers are those of the naive layer, as far as two digits, and for a weight its byte, tell."""
     A_fwd, A_rev = by_the_naive_layer(tau)
     assert f"Token {token}: " in page.inner_text("#explorer-token")
     for name, (total, where, weight) in shown_numbers(page).items():
         row = {"fwd": A_fwd[token], "rev": A_rev[token], "both": A_fwd[token] + A_rev[token]}[name].copy()
         row[token] = 0
-        assert total == pytest.approx(abs(row).sum(), abs=len(row) / 254 + 1e-3)
-        assert abs(weight) == pytest.approx(abs(row).max(), abs=1 / 254 + 1e-3)
+        assert total == pytest.approx(abs(row).sum(), abs=6e-3)
+        assert abs(weight) == pytest.approx(abs(row).max(), abs=1 / 254 + 6e-3)
         if where:
-            assert weight == pytest.approx(row[where[0] * 14 + where[1]], abs=1 / 254 + 1e-3)
+            assert weight == pytest.approx(row[where[0] * 14 + where[1]], abs=1 / 254 + 6e-3)
 
 
 def click(page, canvas, token, how="click"):

@@ -28,7 +28,7 @@ def written(tmp_path_factory):
     ("printed", "value", "expected"),
     [
         ("0.9", 0.96, True), ("0.9", 0.94, True), ("0.9", 1.17, False), ("15.5", 15.56, True), ("6", 5.83, True),
-        ("12", 20.6, False), ("5.72", 5.713, True), ("5.72", 5.70, False),
+        ("12", 20.6, False), ("5.72", 5.716, True), ("5.72", 5.729, True), ("5.72", 5.713, False), ("5.72", 5.731, False),
     ],
 )  # fmt: skip
 def test_whether_a_printed_figure_agrees(printed, value, expected):
@@ -53,7 +53,7 @@ def test_the_page(written):
     assert "| ViG-H-B | 89 | 88,904,360 | 15.5 | 15.56 | agrees |" in page
     assert "| GLA_Vim | 6.70 | 6,697,000 |  | 1.34 | agrees |" in page
     assert "Not counted: timm cannot be imported (ModuleNotFoundError: No module named 'timm')." in page
-    assert page.count("| agrees |") == 3 + 8
+    assert page.count("| agrees |") == 3 + 7
     assert (written / "flops_resolution.png").read_bytes().startswith(b"\x89PNG")
 
 

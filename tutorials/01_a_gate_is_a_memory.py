@@ -26,7 +26,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # Triton's interpreter runs the fused kern
 
 import torch
 import torch.nn.functional as F
-from exercises import check
+from exercises import LAYERS, check
 from figures import ch01
 
 import vig_ref
@@ -114,8 +114,8 @@ ch01.gates(x, {"sigmoid(x)": F.logsigmoid(x), "sigmoid(x)$^{1/16}$": F.logsigmoi
 # %% [markdown]
 # *The gate and its half-life, over what the network computes. The dashed line is one row of patches.*
 #
-# With $\tau = 1$ a new network is blind to the row above it, and would have to find $x \approx 3$ before that row can
-# teach it anything. With $\tau = 16$ it starts at a half-life of 16 tokens, sees its neighbourhood in the picture at
+# With $\tau = 1$ a new network is blind to the row above it, and would have to find $x \approx 3$ before half of that
+# row is left. With $\tau = 16$ it starts at a half-life of 16 tokens, sees its neighbourhood in the picture at
 # once, and from there can move to forget faster or more slowly. The paper says it in one clause: $\tau$ is there "to
 # encourage the model to have a slower forgetting rate".
 #
@@ -390,14 +390,15 @@ for name, n in (lives | {"half-life 3.5": 3.5}).items():
 ch01.scan_frame(step=104)
 
 # %% [markdown]
-# *At patch 104 the forward state holds what lies behind, the reverse state what lies ahead, both fading with distance;
-# the token reads the mean.*
+# *At patch 104 the forward state holds the patches before it, the reverse state those after it, both fading with
+# distance; the token reads the mean.*
 #
 # ## The same call, three layers
 #
 # `vig_ref` has this operator three times: `naive` is the loop that you have read, `chunked` makes it matrix products,
 # which is [chapter 2](02_from_a_loop_to_matmuls.ipynb), and `fused` is one Triton kernel, which is [chapter
-# 3](03_one_kernel_two_directions.ipynb). All of them have the same signature. Does our loop agree? `tolerance.draw`
+# 3](03_one_kernel_two_directions.ipynb). All of them have the same signature. Does our loop agree? (`LAYERS` names those
+# that can run here: Triton, and with it `fused`, is published for Linux only.) `tolerance.draw`
 # makes seeded inputs whose gates are as in ViG.
 
 # %%
@@ -406,7 +407,7 @@ mine = gla(*(t[0, 0] for t in (x.q, x.k, x.v, x.g_fwd)))[0]
 
 
 def compare(layer, mine):
-    for backend in ("naive", "chunked", "fused"):
+    for backend in LAYERS:
         o = layer(backend)[0, 0]
         print(f"{backend:8} equal: {torch.allclose(o, mine)}  largest difference {(o - mine).abs().max():.0e}")
 

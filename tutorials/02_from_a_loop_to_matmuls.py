@@ -25,7 +25,7 @@ import time
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's interpreter runs the fused kernels here, on CPU tensors; no GPU is used
 
 import torch
-from exercises import check
+from exercises import LAYERS, check
 from figures import ch02
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -464,7 +464,7 @@ for C in (16, 64, 256):
 
 # %%
 exact = vig_ref.bidirectional_gla(*(t.double() for t in x[:5]), backend="naive")
-for backend in ("naive", "chunked", "fused"):
+for backend in LAYERS:
     equal(f"{backend:7} = Eq. 6 in float64", vig_ref.bidirectional_gla(*x[:5], backend=backend), exact)
 
 # %% [markdown]
@@ -476,7 +476,7 @@ for backend in ("naive", "chunked", "fused"):
 # |---|---|
 # | **`total - b` instead of a sum of what follows** | Right for mild gates, digits lost for strong ones, NaN after a reset. |
 # | **A token's own gate in `decay_from`, or not in `decay_to`** | Everything off by one gate, with ViG's gates about 5 %. A loose tolerance lets it pass. |
-# | **The state stored after its own chunk** | A token reads its own chunk twice, and what lies behind it too. The first chunk is wrong, which gives it away. |
+# | **The state stored after its own chunk** | A token reads its own chunk twice, also what comes after it. The first chunk is wrong, which gives it away. |
 # | **Halving stops one level early** | The two halves of a chunk do not see each other. With strong gates hardly anything changes: test gates that keep. |
 # | **Padding that forgets** | The library pads every chunk to a power of two with g = 0, *in logarithm*. With −1 there the state fades once more at every edge, unless C is a power of two: test C = 7. |
 # | **`N = T // C`** | The last tokens vanish unless C divides T. Test T = 17, not T = 16. |

@@ -17,6 +17,12 @@
 # memory and reads it back. How does a GPU compute both scans of Equation 6 in *one* launch, reading each input hardly
 # more than once, and how near can that come to what the machine allows?
 #
+# **Words.** A GPU has many multiprocessors, an H200 132. A launch starts *programs*; each runs on one multiprocessor, as one
+# or more *warps* of 32 *threads* that step together, and several programs share it. At a *barrier* a program's warps wait for
+# each other. A thread has *registers*, the fastest memory and little of it; threads hand each other values through the
+# *shared memory* of their multiprocessor. All multiprocessors share the *L2 cache*, 50 MB, which fetches *lines* of 128 bytes
+# from the GPU's main memory. "Memory" below is that one.
+#
 # You write your first Triton kernel, then one chunk, then a scan. After that you can read the real one: all source
 # shown below is fetched from [`vig_ref/fused/`](../vig_ref/fused/kernels.py) while the notebook runs.
 
@@ -311,8 +317,10 @@ show(anchored._prepare)
 show(anchored.forward_anchored, "for i in tl.range", "store_share")
 
 # %% [markdown]
-# You know nearly every line. `_prepare` computes what needs no state; `between` are the gates by which the state then
-# goes on to this chunk, section 6 says from where to where. `tl.range(..., num_stages=STAGES)` lets the compiler fetch the
+# Compare with your own scan of section 4. One thing is new, and section 6 is about it: `b`, from `_middle`, counts from the
+# chunk's middle, and a state goes from middle to middle, faded by the gates `between` them; so no factor takes a key on to the
+# chunk's edge. `_prepare` computes what needs no state. `load_gate` loads log gates in base 2, `operand` rounds what goes
+# into a product, `scale_columns` fades a state, and `least` keeps the smallest exponents for section 7. `tl.range(..., num_stages=STAGES)` lets the compiler fetch the
 # next chunks while this one is computed. (`b_vT` is $v$ once more, in the layout of the product that wants it transposed.)
 # Take `EARLY` for false; where it is true, a chunk is prepared while the one before is multiplied, which does not wait
 # for it. The share goes through these two:
@@ -360,8 +368,8 @@ print("a share of o:", half * V, "bytes a token; a state a chunk:", half * K * V
 
 # %% [markdown]
 # And two of everything, for the two directions, is more than the registers of a GPU's threads hold. The compiler then
-# *spills*: it moves values to memory and back. Ours were addresses, at the head of every load, and a third of the
-# time was waiting for them ([performance](../docs/performance.md#what-helped-and-what-did-not)).
+# *spills*: it moves values to memory and back. Ours were addresses, at the head of every load, and the
+# kernel waited for those more than for anything else ([lab notebook](../docs/lab_notebook.md#what-helped)).
 #
 # In the backward pass a share would not do: the gradients of a chunk want $S$ from one side and $dS$ from the other. Its
 # first walk carries the reverse state and the gradient of the forward one, and leaves both for every chunk, `[BV, BK]`;
@@ -392,10 +400,11 @@ ch03.exponents(b_edge, b_middle)
 # *b of a chunk of 16 tokens with g = −8 each, in base 2, from its edge and from its middle. Left, exp2(−b) leaves
 # float32; right, it stays inside on both sides.*
 #
-# For tokens behind the middle, in the order of the scan, $b_i$ is the sum of gates from the middle to $i$. For those
-# before it, it is *minus* the sum of the gates from $i$ (not included) to the middle, so that still
-# $e^{b_i - b_j}$ is the decay from $j$ to $i$. The state that all tokens read is then the one at the middle: this is
-# why states are carried from middle to middle.
+# For tokens that the scan meets after the middle, $b_i$ is the sum of gates from the middle to $i$. For those that it meets
+# before, it is *minus* the sum of the gates from $i$ (not included) to the middle, so that still $e^{b_i - b_j}$ is the decay
+# from $j$ to $i$. All tokens of the chunk read one state: what *earlier chunks* left, faded to the middle. Tokens met before
+# the middle read it with $e^{b_i} > 1$, which takes back the decay from them to the middle. This is why states are carried
+# from middle to middle.
 #
 # **Exercise 2.** Which M gives this $b = M g$? The middle lies between tokens C/2 − 1 and C/2; the reverse scan meets
 # the right half first.
@@ -513,8 +522,8 @@ for T in (196, 1024, 4096, 16384, 65536):
 # what it adds to the state of each direction, and the decay across it; one combines these. The rule to combine two
 # stretches is all of it.
 #
-# **Exercise 3.** A stretch of tokens is a pair: the log decay `total` across it, and the state `S` that it alone leaves
-# behind. What is the pair of two stretches, one after the other in the order of the scan?
+# **Exercise 3.** A stretch of tokens is a pair: the log decay `total` across it, and the state `S` that it alone
+# leaves. What is the pair of two stretches, one after the other in the order of the scan?
 
 
 # %%
@@ -553,8 +562,8 @@ for backend in ("naive", "chunked", "fused"):
 # ### Many long sequences: two programs walk towards each other
 #
 # Segments cost: each is read twice, once for its states and once for the result. They are for *few* sequences. A batch
-# of 64 images of 512 × 512 pixels has 192, with T = 1024, more than a GPU has multiprocessors; a program each would
-# walk for long, and leave some of them idle. So each sequence gets **two** programs, one for each scan, which set out from
+# of 64 images of 512 × 512 pixels has 192, with T = 1024. With a program each, some of 132 multiprocessors have two and
+# others one, and walk for long. So each sequence gets **two** programs, one for each scan, which set out from
 # its two ends:
 #
 # 1. up to the middle each is the first to come by: it leaves its share of o, and where they meet, its state;
@@ -630,7 +639,8 @@ print(f"{flops} FLOPs; per byte:", {f"{gate} bytes a gate": round(flops / n) for
 
 # %% [markdown]
 # And the machine, an NVIDIA H200. Its data sheet: 4.8 TB/s of memory, 989 TFLOP/s in dense bfloat16 products. A copy in
-# memory, which does nothing but move bytes, comes to about 4.3 TB/s, and that is what we divide by.
+# memory, which does nothing but move bytes, came to about 4.3 TB/s when the kernel was planned, and that is what we divide
+# by; the record below measures it anew.
 
 # %%
 COPY, TENSOR = 4.3e12, 989e12  # bytes and FLOPs a second

@@ -10,7 +10,8 @@
 # # 4. Gradients by hand
 #
 # **Time** 45 minutes to read, half a minute to run · **Prerequisites** chapters [1](01_a_gate_is_a_memory.ipynb) and
-# [2](02_from_a_loop_to_matmuls.ipynb), the chain rule · **Device** a laptop CPU
+# [2](02_from_a_loop_to_matmuls.ipynb), the chain rule · **Device** a laptop CPU with Linux
+# (Triton is published for no other system; elsewhere, read along)
 #
 # PyTorch's autograd differentiates the naive and the chunked layer for us. A kernel has no autograd: whoever writes one
 # writes its backward pass by hand, and decides what to remember for it. This chapter answers three questions.
@@ -281,8 +282,9 @@ ch04.bytes_kept(tokens, curves, {name: (T_, size) for name, size in measured.ite
 # The naive layer keeps what was predicted, and its inputs. The chunked layer keeps few states but a number of products
 # of the size of its inputs, one set a level of halving. The fused layer keeps next to nothing: its backward pass
 # computes the states again, *one a chunk*, writes those to memory that is free again when the pass ends, and walks
-# through the chunks with them. (Of a sequence longer than 256 tokens it keeps the states between pieces of at most 256.) That is the compromise called **checkpointing**: more arithmetic,
-# which is cheap, for less memory traffic, which is not.
+# through the chunks with them. (Where few long sequences are cut into segments, it keeps the states that enter
+# those.) That is the compromise called **checkpointing**: more arithmetic, which is cheap, for less memory traffic,
+# which is not.
 #
 # Could we not run the scan *backwards* and keep nothing, $S_{t-1} = (S_t - k_t^\top v_t) / \alpha_t$? That inverts Eq.
 # 5. Try it in float32, from the right last state:
@@ -424,13 +426,12 @@ for method, found in errors.items():
 # %% [markdown]
 # The prediction holds. Under the gates that an untrained ViG has, the short formula is fine in float32 and good to a
 # percent in bfloat16; it grows worse as the gates learn to forget; and under strong decay it returns noise, thousands
-# of times larger than the gradient in float32. Nothing in a training run says so: the loss goes down a little more
-# slowly.
+# of times larger than the gradient in float32. No error message says so.
 
 # %% [markdown]
 # ## 5. How it is kept accurate
 #
-# A sum of positive exponents caused trouble in [chapter 2](02_from_a_loop_to_matmuls.ipynb), and halving repaired it.
+# A positive exponent, $-b_j$, caused trouble in [chapter 2](02_from_a_loop_to_matmuls.ipynb), and halving repaired it.
 # The same idea repairs the gradient, and it is worth seeing why. In the chunked form every decay is the exponential of
 # a sum of gates between a token and a *boundary*. Collect these sums, one row a token, in a matrix of zeros and ones:
 #
@@ -514,8 +515,9 @@ def across(q, k, v, g, do, S, dS):
 # %% [markdown]
 # What is left is the walk: the states at the edges from the left, their gradients from the right. Only one state a
 # chunk is kept. This is a backward pass that is right for every gate, and our kernel has it, for both directions at
-# once. (Where gates forget little, a kernel may take a shorter way through a chunk, with exponents of both signs. Then
-# it must look at how much was forgotten, and go the long way if that was too much.)
+# once. (Where gates forget little, it takes a shorter way through a chunk, with exponents of both signs and one
+# subtraction: [one boundary for a chunk](../docs/mathematics.md#one-boundary-for-a-chunk). So it looks at how much was
+# forgotten, and goes the long way if that was too much.)
 #
 # One line is for resets: $0 \cdot (-\infty)$ is NaN, also in $Mg$. So gates are cut off, far below the point where
 # $e^g$ is 0.
@@ -578,7 +580,7 @@ ch04.gate_errors(errors)
 # *Figure 5. Error of `dg` in float32, relative to `dg`. Lower is better; the dashed line is "all wrong".*
 #
 # With $M^\top(E \odot dE)$ the error is that of float32, in every regime. (The kernel computes $2^{g \log_2 e}$, and
-# the product in that exponent is rounded: with exponents of 100 that costs a digit, which the bound knows as `L`.) The
+# the product in that exponent is rounded: with exponents of 100 that costs a digit. The bound of section 6 allows for it.) The
 # half measure loses fewer digits than the whole short formula, and still loses all of them under strong decay: inside a
 # chunk it subtracts the same diagonal from itself. The chunked layer was never told any of this: autograd
 # differentiates `exp(cumsum(g))`, and arrives at $M^\top(E \odot dE)$ by itself, because the forward pass was written
@@ -689,16 +691,18 @@ for method, function in candidates.items():
 # ## 7. The kernel's backward pass is yours
 #
 # Last, both directions of *your* backward pass against the fused one: first in float64, where the interpreter runs the
-# kernel's own source, then in float32, each held to the bound.
+# kernel's own source, then in float32, each held to the bound. The mild gates go the shorter way, the others the one that
+# you know.
 
 # %%
 mine = functools.partial(both_directions, backward)
-y = tolerance.draw(1, 1, 48, 8, 5, regime="reset", seed=4, dtype=torch.float64)
-kernel = tolerance.evaluate(vig_ref.bidirectional_gla, y, scale=0.3, backend="fused")
-for name, value in mine(*(t[0, 0] for t in y), 0.3).items():
-    difference = (value - kernel[name][0, 0]).abs().max().item()
-    print(f"{name:6} {list(value.shape)}: largest difference {difference:.0e}, with a reset in one gate of six")
-    assert difference < 1e-12
+for gates, regime in (("mild", "vig"), ("one gate of six a reset", "reset")):
+    y = tolerance.draw(1, 1, 48, 8, 5, regime=regime, seed=4, dtype=torch.float64)
+    kernel = tolerance.evaluate(vig_ref.bidirectional_gla, y, scale=0.3, backend="fused")
+    for name, value in mine(*(t[0, 0] for t in y), 0.3).items():
+        difference = (value - kernel[name][0, 0]).abs().max().item()
+        print(f"{gates}: {name:6} {list(value.shape)}, largest difference {difference:.0e}")
+        assert difference < 1e-12
 
 # %%
 y = tolerance.Inputs(*(t.float() for t in y))
@@ -746,7 +750,7 @@ check(dalpha)
 # - The adjoint of a scan is the same recurrence from the other end, with `q` and `do` in place of `k` and `v`, and
 #   every gate on the same arrow.
 # - Keeping every state costs `T K V` numbers a head and direction; keeping those at chunk edges and computing the rest
-#   again costs a sixteenth or less; inverting the scan is no way out.
+#   again costs about 1/C of that, and C states for the chunk that is being worked on; inverting the scan is no way out.
 # - `dg = revcumsum(q dq - k dk)` is true and useless under strong decay: it subtracts two large sums that share all but
 #   a tiny rest.
 # - `E = exp(M g)` and `dg = M^T (E dE)` need no subtraction. What was written without a difference in the forward pass

@@ -125,8 +125,8 @@ ch07.dependence(depends)
 #
 # ### Two gates for one border
 #
-# What can two gates do that a shared one cannot? Let tokens 4 to 7 be an object. It should keep its memory to itself:
-# the forward scan forgets everything when it enters, at token 4, and the reverse scan when it enters from the other
+# What can two gates do that a shared one cannot? Let tokens 4 to 7 be an object. Nothing from outside should enter its
+# memory: the forward scan forgets everything when it enters, at token 4, and the reverse scan when it enters from the other
 # side, at token 7. With one gate for both, both tokens close it in both directions.
 
 # %%

@@ -10,7 +10,8 @@
 # # 8. How to trust a kernel
 #
 # **Time** 60 minutes to read, a minute to run · **Prerequisites** chapters [1](01_a_gate_is_a_memory.ipynb) to
-# [4](04_gradients_by_hand.ipynb) · **Device** a laptop CPU
+# [4](04_gradients_by_hand.ipynb) · **Device** a laptop CPU with Linux (Triton is published for no other system; elsewhere,
+# read along)
 #
 # A kernel runs, its results look plausible, the loss goes down. Is it right? This chapter answers with methods instead
 # of opinions: what to compare with, how close is close enough, how to compute without rounding, which laws need no
@@ -129,7 +130,7 @@ print(f"the right layer, relative error: median {relative.median():.0e}, largest
 
 # %% [markdown]
 # An absolute tolerance knows nothing of the scale of the data; and a relative one fails where the terms of a sum
-# cancel: `1000.1 - 1000` in float32 has an error of 3e-5, which is as good as it gets, and 3e-4 of the result. Rounding
+# cancel: `1000.1 - 1000` in float32 has an error of 2.4e-5, which is as good as it gets, and 2.4e-4 of the result. Rounding
 # errors are proportional to what was *added up*. So add up the magnitudes. The **gauge** $G$ is the same computation on
 # $|q|$, $|k|$, $|v|$ (and $|do|$ for gradients), and each element has a bound of its own
 # ([`vig_ref/tolerance.py`](../vig_ref/tolerance.py)):
@@ -385,7 +386,8 @@ ch08.shrinking(tried, 129)
 #
 # Look at the number that is left: 129 is two chunks of 64, and one token. Not 128, and not 65. That sentence almost
 # names the bug: *what goes wrong needs a third chunk*. The planted edit makes every chunk hand on its own state only,
-# so that the third is the first to miss something. A failing test with T = 283 and seed 7919 would have said nothing.
+# so that the third is the first to miss something. A failing test with T = 283 and seed 7919 would have said nothing. (Longer
+# calls that pass have gates that forget so fast that there is nothing to miss; so Hypothesis says which gates, too.)
 
 # %%
 found, tried = search(chunked)

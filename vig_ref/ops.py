@@ -1,7 +1,7 @@
 """The operator: its contract, the checks of that contract, and the choice of a layer.
 
-A call goes `model -> ops -> naive | chunked | fused`. Everything that a caller can get wrong is refused here,
-in Python, before any arithmetic; the three layers below trust what they are given.
+A call goes `model -> ops -> naive | chunked | fused`. Wrong shapes, dtypes, devices and options are refused here, in
+Python, before any arithmetic; the three layers below trust what they are given.
 """
 
 import math

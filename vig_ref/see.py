@@ -15,6 +15,7 @@ the architecture can reach, and not what a trained model looks at. They say so.
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,11 +201,16 @@ def fields(size: int, images: Tensor) -> dict[str, Tensor]:
     return {name: effective_receptive_field(model, images) for name, model in models.items()}
 
 
+COLUMNS = 3
+
+
 def draw_fields(fields: dict[str, Tensor], title: str, path: Path) -> None:
-    """One panel a model, all with the same logarithmic colours."""
-    figure = new_figure(2.3 * len(fields) + 1, 3.4)
+    """One panel a model, COLUMNS in a row, so that a phone shows them; all with the same logarithmic colours."""
+    figure = new_figure(2.6 * COLUMNS + 1, 3.3 * math.ceil(len(fields) / COLUMNS) + 0.4)
     figure.suptitle(title, fontsize=11)
-    axes = figure.subplots(1, len(fields), squeeze=False)[0]
+    axes = figure.subplots(math.ceil(len(fields) / COLUMNS), COLUMNS).flatten()
+    for ax in axes[len(fields) :]:
+        ax.set_axis_off()
     colours = ScalarMappable(LogNorm(1e-5, 1), "magma")
     for ax, (name, field) in zip(axes, fields.items(), strict=True):
         ax.imshow(field.clamp_min(1e-6).numpy(), cmap=colours.cmap, norm=colours.norm)
@@ -216,6 +222,9 @@ def draw_fields(fields: dict[str, Tensor], title: str, path: Path) -> None:
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
+#: Options of `see attention` alone, and what they are if not given.
+ATTENTION = {"model": "vig_tiny", "weights": None, "block": -1, "head": 0, "token": None}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("attention", "erf"), help="attention maps, or effective receptive fields")
@@ -223,10 +232,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=Path, help="a picture; the default is scikit-learn's photograph of a flower")
     parser.add_argument("--size", type=int, default=224, help="pixels a side (224)")
     only = parser.add_argument_group("of attention only")
-    only.add_argument("--model", choices=PRESETS, default="vig_tiny", help="an untrained model (vig_tiny)")
+    only.add_argument("--model", choices=PRESETS, help="an untrained model (vig_tiny)")
     only.add_argument("--weights", type=Path, help="a released checkpoint, instead of an untrained model")
-    only.add_argument("--block", type=int, default=-1, help="counted from the image, negative from the end (-1)")
-    only.add_argument("--head", type=int, default=0, help="of that block (0)")
+    only.add_argument("--block", type=int, help="counted from the image, negative from the end (-1)")
+    only.add_argument("--head", type=int, help="of that block (0)")
     only.add_argument("--token", type=int, nargs=2, action="append", metavar=("ROW", "COLUMN"), help="may be repeated")
 
 
@@ -234,7 +243,15 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     image = photograph(options.image, options.size)
+    given = [f"--{name}" for name in ATTENTION if getattr(options, name) is not None]
+    for name, default in ATTENTION.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
     try:
+        if options.what == "erf" and given:
+            raise ValueError(f"erf draws five models of its own, untrained, and takes no {', '.join(given)}")
+        if {"--model", "--weights"} <= set(given):
+            raise ValueError("the weights say which model they are of; give --model or --weights, not both")
         see = see_attention if options.what == "attention" else see_fields
         print(f"written: {see(options, image)}")
     except ValueError as error:

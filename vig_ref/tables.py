@@ -9,6 +9,7 @@ The last column is about the paper's figure: it agrees if the measured one, roun
 import argparse
 import importlib.metadata
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,9 @@ def measure() -> dict[str, Any]:
 
 def agrees(printed: str, value: float) -> bool:
     """Whether a value, rounded or cut to the printed digits, may read like this."""
-    unit = 10.0 ** -len(printed.partition(".")[2])
-    return abs(float(printed) - value) < unit
+    digits = len(printed.partition(".")[2])
+    cut = math.floor(value * 10**digits) / 10**digits
+    return printed in (f"{value:.{digits}f}", f"{cut:.{digits}f}")
 
 
 def verdict(row: dict[str, Any]) -> str:

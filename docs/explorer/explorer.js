@@ -20,19 +20,27 @@ function rows({ token, setting }) {
 }
 
 function decoded(setting) {
-  const { weights, scale } = EXPLORER.settings[setting];
+  const { weights, scale, totals } = EXPLORER.settings[setting];
   const buffer = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer;
-  return { bytes: new Int8Array(buffer(weights)), scale: new Float32Array(buffer(scale)) };
+  const [bytes, floats] = [new Int8Array(buffer(weights)), (text) => new Float32Array(buffer(text))];
+  return { bytes, scale: floats(scale), totals: floats(totals) };
 }
 
-const place = (token) => `row ${Math.floor(token / GRID) + 1}, column ${(token % GRID) + 1}`;
-const signed = (x) => `${x < 0 ? "−" : ""}${Math.abs(x).toFixed(3)}`;
+const place = (token) => `row ${Math.floor(token / GRID)}, column ${token % GRID}`;
+const signed = (x) => `${x < 0 ? "−" : ""}${Math.abs(x).toFixed(2)}`;
 
-/** What the table says of a map: the sum of magnitudes over the other tokens, and the largest of them. */
+/** The sums of magnitudes over the other tokens, of each map. */
+function sums({ token, setting }) {
+  const { totals } = decoded(setting);
+  const [fwd, rev] = [totals[token], totals[T + token]];
+  return { fwd, rev, both: fwd + rev };
+}
+
+/** The other token with the largest weight. */
 function summary(map, token) {
   const others = [...map.keys()].filter((j) => j !== token);
   const strongest = others.reduce((best, j) => (Math.abs(map[j]) > Math.abs(map[best]) ? j : best), others[0]);
-  return { total: others.reduce((sum, j) => sum + Math.abs(map[j]), 0), strongest, weight: map[strongest] };
+  return { strongest, weight: map[strongest] };
 }
 
 function paint(canvas, map, most) {
@@ -68,15 +76,15 @@ function describeGate() {
 
 function update() {
   const { token } = state;
-  const maps = rows(state);
+  const [maps, totals] = [rows(state), sums(state)];
   const most = Math.max(...maps.both.map((weight, j) => (j === token ? 0 : Math.abs(weight)))) || 1;
   paint(element("explorer-photo"), null, 1);
   element("explorer-token").textContent =
     `Token ${token}: ${place(token)}. It reads itself with weight ${signed(maps.both[token])}.`;
   for (const name of MAPS) {
     paint(element(`explorer-${name}`), maps[name], most);
-    const { total, strongest, weight } = summary(maps[name], token);
-    const cells = weight === 0 ? ["0.000", "none", "0.000"] : [total.toFixed(3), place(strongest), signed(weight)];
+    const { strongest, weight } = summary(maps[name], token);
+    const cells = weight === 0 ? ["0.00", "none", "0.00"] : [totals[name].toFixed(2), place(strongest), signed(weight)];
     [...element(`explorer-row-${name}`).querySelectorAll("td")].forEach((cell, n) => (cell.textContent = cells[n]));
   }
   describeGate();

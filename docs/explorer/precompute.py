@@ -10,7 +10,8 @@ projection of the same numbers, made slower or faster by tau, the temperature of
 
 The maps are `vig_ref.see.attention_matrix`. They are stored as bytes, row by row: a weight is its byte times the row's
 scale. Both directions share one matrix `[T, T]`, since A_fwd lies below the diagonal and A_rev above it; on the
-diagonal, where they are equal, stands their sum.
+diagonal, where they are equal, stands their sum. A sum of rounded weights would be off by many roundings, so the sums
+that the page shows are stored too, `[2, T]`: of |A_fwd| and |A_rev| over the other tokens.
 """
 
 import base64
@@ -87,13 +88,16 @@ def encoded(x: Tensor) -> str:
 
 
 def setting(head: Head, tau: float) -> dict:
-    bytes_, scale = as_bytes(weights(head, tau))
+    A = weights(head, tau)
+    bytes_, scale = as_bytes(A)
+    totals = torch.stack([A.tril(-1), A.triu(1)]).abs().sum(2)
     g = torch.cat(head.gates(tau))
     return {
         "tau": "∞" if math.isinf(tau) else f"{tau:g}",
         "mean_alpha": round(g.exp().mean().item(), 4),
         "scale": encoded(scale.float()),
         "weights": encoded(bytes_),
+        "totals": encoded(totals.float()),
     }
 
 

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vig_ref.agreement import has_triton
+
 Answer = Callable[..., Any]
 
 
@@ -37,6 +39,8 @@ class Wrong(NamedTuple):
     says: str
 
 
+#: The layers that can run here.
+LAYERS = ("naive", "chunked", *(["fused"] if has_triton() else []))
 CHECKERS: dict[str, Callable[[Answer], None]] = {}
 WRONG: dict[str, list[Wrong]] = {}
 
