@@ -161,8 +161,14 @@ def test_attention_errors(tmp_path, arguments, message):
     assert str(error.value).startswith(message)
 
 
+def test_five_fields_stand_in_two_rows(tmp_path):
+    see.draw_fields({f"model {n}": torch.rand(8, 8) for n in range(5)}, "five", tmp_path / "five.png")
+    height, width = imread(tmp_path / "five.png").shape[:2]
+    assert 0.6 < height / width < 1  # a phone shows it as large as one row of three
+
+
 def test_erf_refuses_what_is_of_attention_only(tmp_path):
-    with pytest.raises(SystemExit, match="erf draws five models of its own, untrained, and takes no --weights, --block$"):
+    with pytest.raises(SystemExit, match="draws five models of its own, untrained, and takes no --weights, --block"):
         cli.main(["see", "erf", "--size", "32", "--weights", "w.pth", "--block", "0", "--out", str(tmp_path)])
 
 

@@ -28,7 +28,8 @@ def written(tmp_path_factory):
     ("printed", "value", "expected"),
     [
         ("0.9", 0.96, True), ("0.9", 0.94, True), ("0.9", 1.17, False), ("15.5", 15.56, True), ("6", 5.83, True),
-        ("12", 20.6, False), ("5.72", 5.716, True), ("5.72", 5.729, True), ("5.72", 5.713, False), ("5.72", 5.731, False),
+        ("12", 20.6, False), ("5.72", 5.716, True), ("5.72", 5.729, True), ("5.72", 5.713, False),
+        ("5.72", 5.731, False),
     ],
 )  # fmt: skip
 def test_whether_a_printed_figure_agrees(printed, value, expected):

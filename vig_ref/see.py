@@ -212,7 +212,7 @@ def draw_fields(fields: dict[str, Tensor], title: str, path: Path) -> None:
     for ax in axes[len(fields) :]:
         ax.set_axis_off()
     colours = ScalarMappable(LogNorm(1e-5, 1), "magma")
-    for ax, (name, field) in zip(axes, fields.items(), strict=True):
+    for ax, (name, field) in zip(axes[: len(fields)], fields.items(), strict=True):
         ax.imshow(field.clamp_min(1e-6).numpy(), cmap=colours.cmap, norm=colours.norm)
         ax.set_title(name)
         ax.set(xticks=[], yticks=[], xlabel=f"half of it in {share_of_pixels(field, 0.5):.1%}\nof the pixels")

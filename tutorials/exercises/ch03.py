@@ -48,7 +48,7 @@ def reverse_in_chunks(answer):
                 "each chunk is right by itself; the state does not reach the next. Begin with the last chunk.": (
                     torch.cat(alone, 2)
                 ),
-                "a pair fades by the gate of the token that is read, which is written after that gate; the reader's counts.": (
+                "a pair fades by the gate of the token that is read, written after that gate; the reader's counts.": (
                     _gla(q, k, v, g.roll(-1, 2), True)
                 ),
                 "a token reads itself twice, or its pair is in two places.": _gla(q, k, v, g, True)
@@ -108,8 +108,7 @@ def middle_matrix(answer):
             _middle(C, reverse),
             f"middle_matrix({C}, reverse={reverse})",
             likely={
-                "the gates on the side that the scan meets first count negative: b is positive there, and falls to 0 at "
-                "the middle.": (
+                "the gates on the side that the scan meets first count negative: b falls to 0 at the middle.": (
                     _middle(C, reverse, sign=1.0)
                 ),
                 "all signs are the wrong way round: what lies behind the middle has faded, b < 0 there.": (
