@@ -195,7 +195,7 @@ def compile_one(kernels, tile, dtype, dot, kind):
     kernel = getattr(kernels, kind.kernel)
     backward = kind.kernel == "backward_kernel"
     options = launch.constants(
-        tuple(tile), dot, *kind.directions, backward=backward, far=kind.far, dependent=kind.sm >= 90
+        tuple(tile), dot, backward=backward, far=kind.far, dependent=kind.sm >= 90
     )
     if kind.kernel == "half_kernel":
         options = launch.half_constants(options, not kind.strided, kind.few, kind.second)
@@ -204,7 +204,7 @@ def compile_one(kernels, tile, dtype, dot, kind):
     if kind.kernel == "segment_kernel":
         options = launch.segment_constants(options, kind.own, kind.few)
     if kind.kernel == "combine_kernel":
-        options = launch.combine_constants(options, kind.own)
+        options = launch.combine_constants(options, kind.directions[0], kind.own)
     compiler = {key: options.pop(key, None) for key in ("num_warps", "num_stages", "maxnreg", "launch_pdl")}
     signature, constants, attributes = specialise(kernel.arg_names, dtype, kind, options)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cases import FUSED_ARITHMETIC, FUSED_DEVICE, interpreted
-from vig_ref import bidirectional_gla, fused, gla
+from vig_ref import bidirectional_gla, fused, gla, resolve_backend
 from vig_ref.fused import launch
 from vig_ref.tolerance import NAMES, RMS_LIMIT, draw, evaluate
 
@@ -113,6 +113,23 @@ def test_forward_mode_is_refused():
         torch.func.jvp(lambda q: bidirectional_gla(q, *others, backend="fused"), (q,), (q,))
     with torch.autograd.forward_ad.dual_level():
         assert bidirectional_gla(q, *others, backend="fused").isfinite().all()  # none is asked for
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_forward_mode_of_the_backward_pass_is_refused():
+    q, *others = inputs()[:5]
+    o = bidirectional_gla(q.requires_grad_(), *others, backend="fused")
+    with torch.autograd.forward_ad.dual_level():
+        do = torch.autograd.forward_ad.make_dual(torch.ones_like(o), torch.ones_like(o))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative; choose backend="):
+            torch.autograd.grad(o, q, do)
+
+
+def test_an_amd_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    with pytest.raises(ValueError, match="backend 'fused' is written for NVIDIA GPUs, got an AMD one; choose"):
+        bidirectional_gla(*inputs()[:5], backend="fused")
+    assert resolve_backend("auto", "cuda") == "chunked"
 
 
 def test_double_backward_is_refused():

@@ -31,6 +31,8 @@ def call(backend="naive", scale=None, **changed):
         ({"g_fwd": torch.zeros(2, 3, 5, 4, device="meta")}, ValueError, "g_fwd: expected the device of q, cpu, got meta"),
         ({"scale": torch.tensor(1.0)}, TypeError, "scale: expected a number or None, got a Tensor; multiply q by it instead"),
         ({"scale": float("nan")}, ValueError, "scale: expected a finite number or None (K ** -0.5), got nan"),
+        ({"scale": "1"}, TypeError, "scale: expected a real number or None (K ** -0.5), got '1'"),
+        ({"k": torch.zeros(2, 3, 5, 4).to_sparse()}, TypeError, "k: expected a dense tensor, got torch.sparse_coo; convert it"),
         ({"backend": "fast"}, ValueError, "unknown backend 'fast'; choose one of ('auto', 'naive', 'chunked', 'fused')"),
     ],
 )  # fmt: skip

@@ -211,8 +211,7 @@ def test_more_segments_than_are_on_their_way_at_once(monkeypatch):
 
 @pytest.mark.parametrize("tile", launch.TILES)
 def test_combine_kernel_goes_through_all_cells(tile):
-    options = launch.constants(tile, "ieee", True, True, backward=False)
-    assert tile[0] * tile[1] % launch.combine_constants(options, False)["CELLS"] == 0
+    assert tile[0] * tile[1] % launch.kernels.CELLS.value == 0
 
 
 def test_segments_of_a_neighbour_do_not_matter(segments_of):
@@ -352,8 +351,9 @@ def test_the_share_of_o_may_lie_where_o_will(monkeypatch, segments_of, tokens, s
 def test_where_the_share_of_o_lies(V, dtype, dot, directions, where_o_will_be):
     """Where o will be if a row fills a cache line and is as precise as products are; or if nobody writes a share."""
     o = torch.empty(1, 2, 5, V, dtype=dtype)
-    options = launch.constants((32, 64), dot, True, directions == 2, backward=False)
-    assert (launch._share(o, options) is o) == where_o_will_be
+    g = torch.empty(1, 2, 5, 32)
+    options = launch.constants((32, 64), dot, backward=False)
+    assert (launch._share(o, g, g if directions == 2 else None, options) is o) == where_o_will_be
 
 
 @interpreted
@@ -387,7 +387,7 @@ def test_states_may_be_kept_where_the_gradients_go(monkeypatch, segments_of, siz
 def test_states_are_kept_where_the_gradients_go_only_if_two_fit(K, V, gates, dot, kept):
     q, v = (torch.empty(1, 2, 20, D, dtype=torch.bfloat16) for D in (K, V))
     g = torch.empty(1, 2, 20, K, dtype=gates)
-    options = launch.constants(launch._tile(q, v), dot, True, True, backward=True)
+    options = launch.constants(launch._tile(q, v), dot, backward=True)
     assert (launch._states(q, v, [q, q, v, g, g], options, False).numel() == 0) == kept
     if kept:  # bytes that a chunk's gradients take, and its two states in bfloat16
         assert C * sum(t.element_size() * t.shape[3] for t in (q, q, v, g, g)) >= 2 * 2 * options["BK"] * options["BV"]
@@ -479,11 +479,19 @@ def test_the_gradient_of_a_gate_just_above_the_bound_keeps_its_digits():
         assert (got[name][:, :, 16] - gate).norm() <= 1e-5 * gate.norm(), name
 
 
-def test_the_bound_leaves_room_for_large_inputs():
-    """float32 ends at 2^128: a gate of 2^-89 in half a chunk, and inputs of 2^20, are too much for the fast path."""
+@pytest.mark.parametrize(("gate", "inputs"), [(-89, 2**20), (-79, 2**26), (-39, 2**36)])
+def test_the_bound_leaves_room_for_large_inputs(gate, inputs):
+    """float32 ends at 2^128: k v 2^79 in half a chunk is too much for the fast path, with k and v of 2^26."""
     x = on_device(1, 1, 32, 3, 4, regime="keep")
-    x.g_fwd[:, :, 11] = x.g_rev[:, :, 21] = -89 * LOG2
-    judge(x._replace(q=2**20 * x.q, k=2**20 * x.k, v=2**20 * x.v))
+    x.g_fwd[:, :, 11] = x.g_rev[:, :, 21] = gate * LOG2
+    judge(x._replace(q=inputs * x.q, k=inputs * x.k, v=inputs * x.v))
+
+
+def test_the_bound_leaves_room_for_small_keys():
+    """A key of 2^-60 and a query of 2^60: k 2^-79 would lose digits, or all, below the normal numbers of float32."""
+    x = on_device(1, 1, 32, 3, 4, regime="keep")
+    x.g_fwd[:, :, 7] = x.g_rev[:, :, 24] = -79 * LOG2
+    judge(x._replace(q=2.0**60 * x.q, k=2.0**-60 * x.k))
 
 
 @pytest.mark.parametrize("reverse", [False, True])

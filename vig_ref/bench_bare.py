@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from vig_ref.fused import kernels, launch
-from vig_ref.fused.blocks import ROWS, chunk, keep, kept, load, other_share, store, store_share
+from vig_ref.fused.blocks import ROWS, C, chunk, keep, kept, load, other_share, store, store_share
 
 
 @contextlib.contextmanager
@@ -48,26 +48,28 @@ def _sum(tile, tileT):
 
 
 @triton.jit
-def _prepare(q, k, g, at, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
+def _prepare(q, k, g, at, T, K, BK: tl.constexpr, ACC: tl.constexpr):
     return load(q, at, T, K, C, BK).to(ACC) + load(k, at, T, K, C, BK).to(ACC) + load(g, at, T, K, C, BK).to(ACC)
 
 
 @triton.jit
 def forward_anchored(
     q, k, v, g, o, share, S, scale, first, count, step, T, K, V,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    BV: tl.constexpr = S.shape[0]
+    BK: tl.constexpr = S.shape[1]
+    ACC: tl.constexpr = S.dtype
     b_sum = tl.zeros((C, BK), ACC)
     b_sumT = tl.zeros((BV, C), ACC)
     if EARLY:
-        b_sum += _prepare(q, k, g, chunk(first, step, C), T, K, C, BK, ACC)
+        b_sum += _prepare(q, k, g, chunk(first, step, C), T, K, BK, ACC)
     for i in tl.range(count, num_stages=STAGES):
         at = chunk(first + i * step, step, C)
         b_v = load(v, at, T, V, C, BV)
         b_sumT += load(v, at, T, V, C, BV, TRANSPOSED=True).to(ACC)
         there = chunk(first + tl.minimum(i + 1, count - 1) * step, step, C) if EARLY else at
-        b_sum += _prepare(q, k, g, there, T, K, C, BK, ACC)
+        b_sum += _prepare(q, k, g, there, T, K, BK, ACC)
         store_share(o, b_v.to(ACC) + other_share(share, at, T, V, C, BV, ACC), at, T, V, C, BV)
     total = _sum(b_sum, b_sumT)
     return S + total, tl.zeros((ROWS // 2, BK), ACC) + 0.0 * total  # no exponent is too small
@@ -77,19 +79,21 @@ def forward_anchored(
 def states_anchored(
     q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
     scale, start, first, count, step, T, K, V,
-    HAS_OWN: tl.constexpr, HAS_OPP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    BV: tl.constexpr = S.shape[0]
+    BK: tl.constexpr = S.shape[1]
+    ACC: tl.constexpr = S.dtype
     b_sum = tl.zeros((C, BK), ACC)
     b_sumT = tl.zeros((BV, C), ACC)
     for i in tl.range(count, num_stages=STAGES):
         n = first + i * step
         at = chunk(n, step, C)
-        if HAS_OWN:
+        if g_own is not None:
             b_sum += load(g_own, at, T, K, C, BK).to(ACC) + load(k, at, T, K, C, BK).to(ACC)
             b_sumT += load(v, at, T, V, C, BV, TRANSPOSED=True).to(ACC)
             keep(S, p_S, n - start, dg_own, dv, None, n * C, T, C, BV, BK)
-        if HAS_OPP:
+        if g_opp is not None:
             b_sum += load(g_opp, at, T, K, C, BK).to(ACC) + load(q, at, T, K, C, BK).to(ACC)
             b_sumT += load(do, at, T, V, C, BV, TRANSPOSED=True).to(ACC)
             keep(dS, p_dS, n - start, dg_opp, dq, dk, n * C, T, C, BV, BK)
@@ -101,9 +105,11 @@ def states_anchored(
 def gradients_anchored(
     q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
     scale, start, first, count, step, T, K, V,
-    HAS_OWN: tl.constexpr, HAS_OPP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    BV: tl.constexpr = S.shape[0]
+    BK: tl.constexpr = S.shape[1]
+    ACC: tl.constexpr = S.dtype
     b_sum = tl.zeros((BV, BK), ACC)
     b_sumT = tl.zeros((BV, C), ACC)
     for i in tl.range(count, num_stages=STAGES):
@@ -116,11 +122,11 @@ def gradients_anchored(
         if BV < 64:
             b_sumT += load(v, at, T, V, C, BV, TRANSPOSED=True).to(ACC)
             b_sumT += load(do, at, T, V, C, BV, TRANSPOSED=True).to(ACC)
-        if HAS_OPP:
+        if g_opp is not None:
             b_g = load(g_opp, at, T, K, C, BK)
             b_sum += kept(p_S, n - start, dg_opp, dv, None, n * C, T, C, BV, BK).to(ACC)
             store(dg_opp, b_g, at, T, K, C, BK)
-        if HAS_OWN:
+        if g_own is not None:
             b_g = load(g_own, at, T, K, C, BK)
             b_sum += kept(p_dS, n - start, dg_own, dq, dk, n * C, T, C, BV, BK).to(ACC)
             store(dg_own, b_g, at, T, K, C, BK)

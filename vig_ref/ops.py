@@ -79,7 +79,7 @@ def gla(
 
 
 def resolve_backend(backend: str, device: torch.device | str) -> str:
-    """Name the layer that `backend` stands for on `device`: `auto` is `fused` on CUDA and `chunked` elsewhere.
+    """Name the layer that `backend` stands for on `device`: `auto` is `fused` on NVIDIA GPUs and `chunked` elsewhere.
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
@@ -91,7 +91,7 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose one of {BACKENDS}")
     if backend == "auto":
-        return "fused" if torch.device(device).type == "cuda" else "chunked"
+        return "fused" if torch.device(device).type == "cuda" and not torch.version.hip else "chunked"
     return backend
 
 
@@ -128,6 +128,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], scale: flo
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
         if x.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16, got {x.dtype}; convert it first")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got {x.layout}; convert it with .to_dense()")
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions [B, H, T, {'V' if x is v else 'K'}], got {list(x.shape)}")
         if x.device != q.device:
@@ -148,6 +150,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], scale: flo
             raise ValueError(f"{name}: expected {allowed}, got {x.dtype}; convert it with .to()")
     if isinstance(scale, Tensor):
         raise TypeError("scale: expected a number or None, got a Tensor; multiply q by it instead")
+    if isinstance(scale, (str, complex)):
+        raise TypeError(f"scale: expected a real number or None (K ** -0.5), got {scale!r}")
     if scale is None:
         return q.shape[3] ** -0.5
     if not -math.inf < scale < math.inf:  # torch.compile knows no math.isfinite

@@ -11,7 +11,7 @@ again by `vig_ref/fused/halving.py`. States are carried from middle to middle:
     S       the state at a chunk's middle, before the chunk's own tokens
     A       = (q exp(b)) (k exp(-b))^T, and 0 for every j not yet met at i
     o       = (q exp(b)) S + A v
-    S next  = exp(gates between the two middles) * (S + (k exp(-b))^T v)
+    S next  = exp(gates between the two middles) * (S + (k exp(-b))^T v)      the factor when the next chunk begins
 
 Backward, dS goes the other way: the gradient by S + (k exp(-b))^T v. The gate of t acts on all that passes it: with
 before and behind in the order of the scan, and <S, dS> summed over V alone,
@@ -26,6 +26,7 @@ import triton.language as tl
 
 from vig_ref.fused.blocks import (
     ROWS,
+    C,
     ahead,
     chunk,
     dot,
@@ -46,7 +47,7 @@ from vig_ref.fused.blocks import (
 
 
 @triton.jit
-def _middle(C: tl.constexpr, REVERSE: tl.constexpr):
+def _middle(REVERSE: tl.constexpr):
     """M `[C, C]` with b = M g: 1 for the gates from the middle to token i, -1 where the scan meets i first."""
     i = tl.arange(0, C)[:, None]
     t = tl.arange(0, C)[None, :]
@@ -58,7 +59,7 @@ def _middle(C: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _first_and_last_half(C: tl.constexpr):
+def _first_and_last_half():
     """`[ROWS, C]`: 1 for the half of the tokens that the walk meets first; in rows 8 to 15, for the other half."""
     row = tl.arange(0, ROWS)[:, None]
     t = tl.arange(0, C)[None, :]
@@ -66,23 +67,23 @@ def _first_and_last_half(C: tl.constexpr):
 
 
 @triton.jit
-def _between(before, g, BK: tl.constexpr, DOT: tl.constexpr):
+def _between(before, g, DOT: tl.constexpr):
     """The sum of all gates between the previous chunk's middle and this one's, and the sum behind this one.
 
     before `[ROWS / 2, BK]`, equal rows: the sum of the gates behind the previous middle.
 
     One product sums both halves, in rows 0 to 7 and 8 to 15: see `ROWS`.
     """
-    halves = sums(_first_and_last_half(g.shape[0]), g, DOT)
-    first, last = tl.split(tl.permute(tl.reshape(halves, (2, ROWS // 2, BK)), (1, 2, 0)))
+    halves = sums(_first_and_last_half(), g, DOT)
+    first, last = tl.split(tl.permute(tl.reshape(halves, (2, ROWS // 2, g.shape[1])), (1, 2, 0)))
     return before + first, last
 
 
 @triton.jit
-def _advance(S, before, g, BV: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
+def _advance(S, before, g, DOT: tl.constexpr):
     """A state from the previous chunk's middle to this one's; and what `_between` returns."""
-    between, last = _between(before, g, BK, DOT)
-    return scale_columns(S, exp2(between, DOT), BV, BK), between, last
+    between, last = _between(before, g, DOT)
+    return scale_columns(S, exp2(between, DOT)), between, last
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def least(a, b):
 
 
 @triton.jit
-def _reads(C: tl.constexpr, REVERSE: tl.constexpr):
+def _reads(REVERSE: tl.constexpr):
     """`[C, C]`: 1 where token i reads token j. A token reads itself in each direction."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
@@ -100,26 +101,25 @@ def _reads(C: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _prepare(
-    q, k, g, at, before, scale, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr
-):  # fmt: skip
+def _prepare(q, k, g, at, before, scale, T, K, DOT: tl.constexpr):
     """All of a chunk that needs neither state nor v: q exp(b), k exp(-b), A, rounded; and what `_between` returns."""
+    BK: tl.constexpr = before.shape[1]
+    ACC: tl.constexpr = before.dtype
     b_q = load(q, at, T, K, C, BK)
     b_k = load(k, at, T, K, C, BK)
     b_g = load_gate(g, at, T, K, C, BK, ACC)
-    between, behind = _between(before, b_g, BK, DOT)
-    b = sums(_middle(C, False), b_g, DOT)
+    between, behind = _between(before, b_g, DOT)
+    b = sums(_middle(False), b_g, DOT)
     b_qE = operand(b_q.to(ACC) * (exp2(b, DOT) * scale), ACC, DOT)
     b_kE = operand(b_k.to(ACC) * exp2(negative(b), DOT), ACC, DOT)
     A = dot(b_qE, tl.trans(b_kE), tl.zeros((C, C), ACC), DOT)
-    return b_qE, b_kE, operand(tl.where(_reads(C, False), A, 0.0), ACC, DOT), between, behind
+    return b_qE, b_kE, operand(tl.where(_reads(False), A, 0.0), ACC, DOT), between, behind
 
 
 @triton.jit
 def forward_anchored(
     q, k, v, g, o, share, S, scale, first, count, step, T, K, V,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One scan along a walk of `count` chunks from `first` on, plus share. S: the state that enters.
 
@@ -127,18 +127,21 @@ def forward_anchored(
     its scheduler to itself. The last one is prepared again at the end, for nothing.
     Returns the state that leaves, and the smallest exponents met.
     """
+    BV: tl.constexpr = S.shape[0]
+    BK: tl.constexpr = S.shape[1]
+    ACC: tl.constexpr = S.dtype
     before = tl.zeros((ROWS // 2, BK), ACC)
     lowest = before  # of the sums of gates between two middles
     if EARLY:
-        b_qE, b_kE, A, between, before = _prepare(q, k, g, chunk(first, step, C), before, scale, T, K, C, BK, ACC, DOT)
+        b_qE, b_kE, A, between, before = _prepare(q, k, g, chunk(first, step, C), before, scale, T, K, DOT)
     for i in tl.range(count, num_stages=STAGES):
         at = chunk(first + i * step, step, C)
         b_v = load(v, at, T, V, C, BV)
         b_vT = load(v, at, T, V, C, BV, TRANSPOSED=True)  # one load in two layouts could not be fetched ahead
         if not EARLY:
-            b_qE, b_kE, A, between, before = _prepare(q, k, g, at, before, scale, T, K, C, BK, ACC, DOT)
+            b_qE, b_kE, A, between, before = _prepare(q, k, g, at, before, scale, T, K, DOT)
         lowest = least(lowest, between)
-        S = scale_columns(S, exp2(between, DOT), BV, BK)
+        S = scale_columns(S, exp2(between, DOT))
         # Rounded here, as A was: both go to other threads before the next products, and together wait at one barrier.
         b_ST = operand(tl.trans(S), ACC, DOT)
         b_o = dot(b_qE, b_ST, other_share(share, at, T, V, C, BV, ACC), DOT)
@@ -146,34 +149,35 @@ def forward_anchored(
         b_o = dot(A, b_v, b_o, DOT)
         if EARLY:
             there = chunk(first + tl.minimum(i + 1, count - 1) * step, step, C)
-            b_qE, b_kE, A, between, before = _prepare(q, k, g, there, before, scale, T, K, C, BK, ACC, DOT)
+            b_qE, b_kE, A, between, before = _prepare(q, k, g, there, before, scale, T, K, DOT)
         store_share(o, b_o, at, T, V, C, BV)
-    return scale_columns(S, exp2(before, DOT), BV, BK), least(lowest, before)
+    return scale_columns(S, exp2(before, DOT)), least(lowest, before)
 
 
 @triton.jit
 def _gradients(
     q, k, v, do, dv, dA, g, S, dS, S_dS, scale,
-    REVERSE: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
+    REVERSE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One direction of one chunk, backward. S: the state at its middle; dS: its gradient after the chunk's tokens.
 
-    One of them was kept, rounded; the other is carried, and rounded for this call: S_dS `[BV, BK]` is their product
-    before that.
+    One of them was kept, rounded; the other is carried. S_dS `[BV, BK]` is their product, taken before the carried one
+    was rounded for this call.
 
     Returns dq, dk, dg, dv with what dS adds to it, the scores A, and q exp(b), which the next dS wants.
     """
+    ACC: tl.constexpr = g.dtype
     zero_k = tl.zeros_like(g)
     zero_c = tl.zeros((C, C), ACC)
-    b = sums(_middle(C, REVERSE), g, DOT)
+    b = sums(_middle(REVERSE), g, DOT)
     E = exp2(b, DOT)
     E_inverse = exp2(negative(b), DOT)
     qE = operand(q.to(ACC) * (E * scale), ACC, DOT)
     kE = operand(k.to(ACC) * E_inverse, ACC, DOT)
-    dA = operand(tl.where(_reads(C, REVERSE), dA, 0.0), ACC, DOT)
+    dA = operand(tl.where(_reads(REVERSE), dA, 0.0), ACC, DOT)
     dST = operand(tl.trans(dS), ACC, DOT)
     S_dS = operand(S_dS, ACC, DOT)
-    A = tl.where(_reads(C, REVERSE), dot(qE, tl.trans(kE), zero_c, DOT), 0.0)
+    A = tl.where(_reads(REVERSE), dot(qE, tl.trans(kE), zero_c, DOT), 0.0)
     dv = dot(kE, dST, dv, DOT)
     dqE = dot(dA, kE, zero_k, DOT)
     dkE = dot(tl.trans(dA), qE, zero_k, DOT)
@@ -183,8 +187,8 @@ def _gradients(
     dk = (dkE + writes) * E_inverse
     # The four terms of dg_t at the top of this file. dqE has reads of S and pairs: both are summed from t on.
     dg = dot(tl.full((C, S_dS.shape[0]), 1.0, ACC), S_dS, zero_k, DOT)  # <S, dS>, the same for all gates of the chunk
-    dg += sums(ahead(REVERSE, True, C), qE.to(ACC) * dqE - kE.to(ACC) * dkE, DOT)
-    dg += sums(ahead(not REVERSE, False, C), kE.to(ACC) * writes, DOT)
+    dg += sums(ahead(REVERSE, True, C), qE.to(ACC) * dqE - kE.to(ACC) * dkE, DOT)  # over all tokens at t or behind
+    dg += sums(ahead(not REVERSE, False, C), kE.to(ACC) * writes, DOT)  # over all tokens before t
     return dq, dk, dg, dv, A, qE
 
 
@@ -192,39 +196,41 @@ def _gradients(
 def states_anchored(
     q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
     scale, start, first, count, step, T, K, V,
-    HAS_OWN: tl.constexpr, HAS_OPP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Keep S of the own scan, which goes along the walk, and dS of the opposite one, at each of its chunks.
 
     Returns what leaves of both, and the smallest exponents met.
     """
+    BV: tl.constexpr = S.shape[0]
+    BK: tl.constexpr = S.shape[1]
+    ACC: tl.constexpr = S.dtype
     S_before = tl.zeros((ROWS // 2, BK), ACC)
     dS_before = S_before
     lowest = S_before
     for i in tl.range(count, num_stages=STAGES):
         n = first + i * step
         at = chunk(n, step, C)
-        if HAS_OWN:
+        if g_own is not None:
             b_g = load_gate(g_own, at, T, K, C, BK, ACC)
-            S, between, S_before = _advance(S, S_before, b_g, BV, BK, DOT)
+            S, between, S_before = _advance(S, S_before, b_g, DOT)
             lowest = least(lowest, between)
-            b_kE = load(k, at, T, K, C, BK).to(ACC) * exp2(negative(sums(_middle(C, False), b_g, DOT)), DOT)
+            b_kE = load(k, at, T, K, C, BK).to(ACC) * exp2(negative(sums(_middle(False), b_g, DOT)), DOT)
             b_kE = operand(b_kE, ACC, DOT)
-        if HAS_OPP:
+        if g_opp is not None:
             b_g = load_gate(g_opp, at, T, K, C, BK, ACC)
-            dS, between, dS_before = _advance(dS, dS_before, b_g, BV, BK, DOT)
+            dS, between, dS_before = _advance(dS, dS_before, b_g, DOT)
             lowest = least(lowest, between)
-            b_qE = load(q, at, T, K, C, BK).to(ACC) * (exp2(sums(_middle(C, True), b_g, DOT), DOT) * scale)
+            b_qE = load(q, at, T, K, C, BK).to(ACC) * (exp2(sums(_middle(True), b_g, DOT), DOT) * scale)
             b_qE = operand(b_qE, ACC, DOT)
-        if HAS_OWN:
+        if g_own is not None:
             keep(S, p_S, n - start, dg_own, dv, None, n * C, T, C, BV, BK)
             S = dot(load(v, at, T, V, C, BV, TRANSPOSED=True), b_kE, S, DOT)
-        if HAS_OPP:
+        if g_opp is not None:
             keep(dS, p_dS, n - start, dg_opp, dq, dk, n * C, T, C, BV, BK)
             dS = dot(load(do, at, T, V, C, BV, TRANSPOSED=True), b_qE, dS, DOT)
-    S = scale_columns(S, exp2(S_before, DOT), BV, BK)
-    dS = scale_columns(dS, exp2(dS_before, DOT), BV, BK)
+    S = scale_columns(S, exp2(S_before, DOT))
+    dS = scale_columns(dS, exp2(dS_before, DOT))
     return S, dS, least(lowest, least(S_before, dS_before))
 
 
@@ -232,10 +238,12 @@ def states_anchored(
 def gradients_anchored(
     q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
     scale, start, first, count, step, T, K, V,
-    HAS_OWN: tl.constexpr, HAS_OPP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a walk's chunks. S of its scan and dS of the opposite one are carried, the others were kept."""
+    BV: tl.constexpr = S.shape[0]
+    BK: tl.constexpr = S.shape[1]
+    ACC: tl.constexpr = S.dtype
     S_before = tl.zeros((ROWS // 2, BK), ACC)
     dS_before = S_before
     for i in tl.range(count, num_stages=STAGES):
@@ -254,28 +262,28 @@ def gradients_anchored(
         b_dk = tl.zeros((C, BK), ACC)
         b_dv = tl.zeros((C, BV), ACC)
         A = tl.zeros((C, C), ACC)
-        if HAS_OPP:
+        if g_opp is not None:
             b_g = load_gate(g_opp, at, T, K, C, BK, ACC)
             b_S = kept(p_S, n - start, dg_opp, dv, None, n * C, T, C, BV, BK)
-            dS, _, dS_before = _advance(dS, dS_before, b_g, BV, BK, DOT)
+            dS, _, dS_before = _advance(dS, dS_before, b_g, DOT)
             part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
                 b_q, b_k, b_v, b_do, b_dv, dA, b_g, b_S, dS.to(b_S.dtype), b_S.to(ACC) * dS, scale,
-                True, C, ACC, DOT,
+                True, DOT,
             )  # fmt: skip
             dS = dot(b_doT, b_qE, dS, DOT)
             b_dq += part_dq
             b_dk += part_dk
             A += part_A
             store(dg_opp, tl.where(token == (T - 1 if step > 0 else 0), 0.0, b_dg), at, T, K, C, BK)  # the scan's first
-        if HAS_OWN:
+        if g_own is not None:
             b_g = load_gate(g_own, at, T, K, C, BK, ACC)
             b_dS = kept(p_dS, n - start, dg_own, dq, dk, n * C, T, C, BV, BK)
-            S, _, S_before = _advance(S, S_before, b_g, BV, BK, DOT)
+            S, _, S_before = _advance(S, S_before, b_g, DOT)
             part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
                 b_q, b_k, b_v, b_do, b_dv, dA, b_g, S.to(b_dS.dtype), b_dS, S * b_dS.to(ACC), scale,
-                False, C, ACC, DOT,
+                False, DOT,
             )  # fmt: skip
-            S = dot(b_vT, b_k.to(ACC) * exp2(negative(sums(_middle(C, False), b_g, DOT)), DOT), S, DOT)
+            S = dot(b_vT, b_k.to(ACC) * exp2(negative(sums(_middle(False), b_g, DOT)), DOT), S, DOT)
             b_dq += part_dq
             b_dk += part_dk
             A += part_A

@@ -17,8 +17,12 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 LOG2E = tl.constexpr(1.4426950408889634)
-#: Rows of the smallest matrix product. One thread has rows r and r + 8 of a result: taking them apart moves nothing.
+#: Rows of the smallest matrix product. One thread has rows r and r + 8 of its result: `anchored._between` puts two sums
+#: into rows 0 to 7 and 8 to 15, and to split them moves nothing.
 ROWS = tl.constexpr(16)
+#: Tokens per chunk: the smallest tile that the tensor cores take. Less is forgotten, so that the fast path serves more
+#: gates, and a program needs fewer registers.
+C = tl.constexpr(16)
 
 
 # --- reading and writing ---------------------------------------------------------------------------------------------
@@ -39,7 +43,7 @@ def chunk(n, step, C: tl.constexpr):
 
 @triton.jit
 def tokens(at, C: tl.constexpr):
-    """The tokens `[C]` of a chunk in the order of the walk. As wide as its first one."""
+    """The tokens `[C]` of a chunk in the order of the walk; integers as wide as its first one's."""
     return at[0] + tl.arange(0, C) * at[1]
 
 
@@ -65,13 +69,15 @@ def load(x, at, T, D, C: tl.constexpr, BD: tl.constexpr, TRANSPOSED: tl.constexp
 
 @triton.jit
 def load_gate(g, at, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
-    """Log gates in base 2, for exp2; 0 (keep all) behind the end. Gradients are by the natural ones: no ln 2 there."""
+    """Log gates in base 2, for exp2; 0 (keep all) behind the end. Gradients are by the natural ones,
+    without ln 2: 2^(g log2 e) = e^g is its own derivative."""
     return load(g, at, T, K, C, BK).to(ACC) * LOG2E
 
 
 @triton.jit
-def load_any_gate(g, at, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, LIMIT: tl.constexpr):
+def load_any_gate(g, at, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
     """The same for gates that may be -inf. Clamped, as 0 * inf is NaN in a matrix product; 2^-LIMIT rounds to 0."""
+    LIMIT: tl.constexpr = 2000.0 if tl.float64 == ACC else 300.0
     return tl.maximum(load_gate(g, at, T, K, C, BK, ACC), -LIMIT, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -82,9 +88,9 @@ def store(x, value, at, T, D, C: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def scratch(p, i, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Addresses of the i-th block `[ROWS, COLS]` in scratch memory: a state."""
-    return p + i.to(tl.int64) * ROWS * COLS + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+def scratch(p, i, BV: tl.constexpr, BK: tl.constexpr):
+    """Addresses of the i-th state `[BV, BK]` in scratch memory."""
+    return p + i.to(tl.int64) * BV * BK + tl.arange(0, BV)[:, None] * BK + tl.arange(0, BK)[None, :]
 
 
 @triton.jit
@@ -142,7 +148,10 @@ def entering(p_enter, i, BV: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def other_share(share, at, T, V, C: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr):
-    """What the other direction adds to o, if it has left anything."""
+    """What the other direction adds to o, if it has left anything.
+
+    Every thread has read it before any writes o over it: between the two the chunk's products have their barriers.
+    """
     if share is None:
         return tl.zeros((C, BV), ACC)
     else:
@@ -221,21 +230,26 @@ def negative(x):
 
 
 @triton.jit
-def scale_columns(S, factor, BV: tl.constexpr, BK: tl.constexpr):
-    """S * factor, column by column. factor has R equal rows, 8 or 16: then both lie alike in the threads."""
+def scale_columns(S, factor):
+    """S * factor, column by column. factor has R equal rows, 8 or 16: each thread then has the columns it needs."""
+    BV: tl.constexpr = S.shape[0]
+    BK: tl.constexpr = S.shape[1]
     R: tl.constexpr = factor.shape[0]
     return tl.reshape(tl.reshape(S, (BV // R, R, BK)) * factor[None, :, :], (BV, BK))
 
 
 @triton.jit
-def ahead(LEFT: tl.constexpr, OWN: tl.constexpr, C: tl.constexpr):
-    """`[C, C]`: 1 where token t lies between i and the left (or right) edge; with i itself if OWN: for q, not for k."""
+def ahead(LEFT: tl.constexpr, INCLUSIVE: tl.constexpr, C: tl.constexpr):
+    """`[C, C]`: 1 where token t lies between i and the left (or right) edge. INCLUSIVE: also where t is i.
+
+    For a decay from the edge to a query its own gate counts, for one from a key to the edge it does not.
+    """
     i = tl.arange(0, C)[:, None]
     t = tl.arange(0, C)[None, :]
     if LEFT:
-        return t <= i if OWN else t < i
+        return t <= i if INCLUSIVE else t < i
     else:
-        return t >= i if OWN else t > i
+        return t >= i if INCLUSIVE else t > i
 
 
 @triton.jit
@@ -245,11 +259,11 @@ def total(g, DOT: tl.constexpr):
 
 
 @triton.jit
-def carry(S, g, x, y, OWN: tl.constexpr, DOT: tl.constexpr):
+def carry(S, g, x, y, INCLUSIVE: tl.constexpr, DOT: tl.constexpr):
     """A state across a whole chunk, to the edge where the walk leaves it: exp(total) * S + y^T (x * decay to there).
 
-    For a state x is k, whose own gate does not count; for the gradient of a state x is q, whose own gate does.
+    INCLUSIVE: whether a token's own gate counts. For a state x is k, and it does not; for its gradient x is q.
     """
-    xE = x.to(S.dtype) * exp2(sums(ahead(False, OWN, g.shape[0]), g, DOT), DOT)
-    decayed = scale_columns(S, exp2(total(g, DOT), DOT), S.shape[0], S.shape[1])
+    xE = x.to(S.dtype) * exp2(sums(ahead(False, INCLUSIVE, g.shape[0]), g, DOT), DOT)
+    decayed = scale_columns(S, exp2(total(g, DOT), DOT))
     return dot(tl.trans(y), xE, decayed, DOT)

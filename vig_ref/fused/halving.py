@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from vig_ref.fused.blocks import (
+    C,
     ahead,
     carry,
     chunk,
@@ -29,9 +30,12 @@ from vig_ref.fused.blocks import (
     sums,
 )  # fmt: skip
 
+#: Of halving a chunk: C = 2^LEVELS.
+LEVELS = tl.constexpr(4)
+
 
 @triton.jit
-def _middles(half, C: tl.constexpr, REVERSE: tl.constexpr):
+def _middles(half, REVERSE: tl.constexpr):
     """Cut tokens into blocks of 2 * half; the half that the scan meets later reads the earlier one across the middle.
 
     Returns M `[C, C]` (the gates between token i and its block's middle), late `[C, 1]`, same `[C, C]` (same block).
@@ -51,13 +55,13 @@ def _middles(half, C: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _scores(q, k, g, C: tl.constexpr, LEVELS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr):
+def _scores(q, k, g, DOT: tl.constexpr):
     """A[i, j] = q_i . (k_j * decay from j to i) for the pairs j met before i, 0 for all others.  `[C, C]`"""
-    A = tl.zeros((C, C), ACC)
-    zero = tl.zeros((C, C), ACC)
+    A = tl.zeros((C, C), g.dtype)
+    zero = tl.zeros((C, C), g.dtype)
     half = 1
     for _ in range(LEVELS):
-        M, late, same = _middles(half, C, False)
+        M, late, same = _middles(half, False)
         E = exp2(sums(M, g, DOT), DOT)
         A += tl.where(same, dot(tl.where(late, q * E, 0.0), tl.trans(tl.where(late, 0.0, k * E)), zero, DOT), 0.0)
         half *= 2
@@ -67,7 +71,7 @@ def _scores(q, k, g, C: tl.constexpr, LEVELS: tl.constexpr, ACC: tl.constexpr, D
 @triton.jit
 def _gradients(
     q, k, v, g, do, dA, S, dS,
-    REVERSE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
+    REVERSE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One direction of one chunk, backward. S: the state that enters; dS: the gradient of the state that leaves.
 
@@ -75,14 +79,14 @@ def _gradients(
     to both directions and to no gate.
     """
     zero_k = tl.zeros_like(q)
-    zero_c = tl.zeros((C, C), ACC)
+    zero_c = tl.zeros((C, C), g.dtype)
     dq = zero_k
     dk = zero_k
     A = zero_c
     dg = zero_k + (tl.exp2(tl.sum(g, 0)) * tl.sum(S * dS, 0))[None, :]  # S_out = exp(total) * S + ...
     half = 1
     for _ in range(LEVELS):  # A = (q E) (k E)^T across every middle
-        M, late, same = _middles(half, C, REVERSE)
+        M, late, same = _middles(half, REVERSE)
         E = exp2(sums(M, g, DOT), DOT)
         qE = tl.where(late, q * E, 0.0)
         kE = tl.where(late, 0.0, k * E)
@@ -99,7 +103,7 @@ def _gradients(
     dqE = dot(do, S, zero_k, DOT)
     dq += dqE * E
     dg += sums(tl.trans(M), q * E * dqE, DOT)
-    M = ahead(REVERSE, False, C)  # S_out = ... + (k exp(total - b))^T v: the gates not yet met at token j
+    M = ahead(REVERSE, False, C)  # S_out = ... + (k * decay to the far edge)^T v: the gates not yet met at token j
     E = exp2(sums(M, g, DOT), DOT)
     kE = k * E
     dkE = dot(v, dS, zero_k, DOT)
@@ -111,21 +115,23 @@ def _gradients(
 @triton.jit
 def forward_halving(
     q, k, v, g, o, share, S, scale, first, count, step, T, K, V,
-    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """One scan along a walk of `count` chunks from `first` on, plus share. Returns the state that leaves."""
+    BV: tl.constexpr = S.shape[0]
+    BK: tl.constexpr = S.shape[1]
+    ACC: tl.constexpr = S.dtype
     for i in range(count):
         at = chunk(first + i * step, step, C)
         b_q = load(q, at, T, K, C, BK).to(ACC) * scale
         b_k = load(k, at, T, K, C, BK).to(ACC)
         b_v = load(v, at, T, V, C, BV).to(ACC)
-        b_g = load_any_gate(g, at, T, K, C, BK, ACC, LIMIT)
+        b_g = load_any_gate(g, at, T, K, C, BK, ACC)
         b_o = other_share(share, at, T, V, C, BV, ACC)
         b_o += tl.sum(b_q * b_k, 1)[:, None] * b_v  # token i reads itself
         b_qE = b_q * exp2(sums(ahead(True, True, C), b_g, DOT), DOT)  # step 4 of chunks.py
         b_o = dot(b_qE, tl.trans(S), b_o, DOT)
-        b_o = dot(_scores(b_q, b_k, b_g, C, LEVELS, ACC, DOT), b_v, b_o, DOT)  # step 1
+        b_o = dot(_scores(b_q, b_k, b_g, DOT), b_v, b_o, DOT)  # step 1
         S = carry(S, b_g, b_k, b_v, False, DOT)  # steps 2 and 3
         store_share(o, b_o, at, T, V, C, BV)
     return S
@@ -135,24 +141,26 @@ def forward_halving(
 def states_halving(
     q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
     scale, start, first, count, step, T, K, V,
-    HAS_OWN: tl.constexpr, HAS_OPP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """As `states_anchored`; the states kept are those that enter a chunk. Returns what leaves of both."""
+    BV: tl.constexpr = S.shape[0]
+    BK: tl.constexpr = S.shape[1]
+    ACC: tl.constexpr = S.dtype
     for i in range(count):
         n = first + i * step
         at = chunk(n, step, C)
-        if HAS_OWN:
+        if g_own is not None:
             keep(S, p_S, n - start, dg_own, dv, None, n * C, T, C, BV, BK)
             b_k = load(k, at, T, K, C, BK)
             b_v = load(v, at, T, V, C, BV)
-            b_g = load_any_gate(g_own, at, T, K, C, BK, ACC, LIMIT)
+            b_g = load_any_gate(g_own, at, T, K, C, BK, ACC)
             S = carry(S, b_g, b_k, b_v, False, DOT)
-        if HAS_OPP:
+        if g_opp is not None:
             keep(dS, p_dS, n - start, dg_opp, dq, dk, n * C, T, C, BV, BK)
             b_q = load(q, at, T, K, C, BK).to(ACC) * scale
             b_do = load(do, at, T, V, C, BV)
-            b_g = load_any_gate(g_opp, at, T, K, C, BK, ACC, LIMIT)
+            b_g = load_any_gate(g_opp, at, T, K, C, BK, ACC)
             dS = carry(dS, b_g, b_q, b_do, True, DOT)
     return S, dS
 
@@ -161,10 +169,13 @@ def states_halving(
 def gradients_halving(
     q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
     scale, start, first, count, step, T, K, V,
-    HAS_OWN: tl.constexpr, HAS_OPP: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """As `gradients_anchored`."""
+    BV: tl.constexpr = S.shape[0]
+    BK: tl.constexpr = S.shape[1]
+    ACC: tl.constexpr = S.dtype
+    SCANS: tl.constexpr = (g_own is not None) + (g_opp is not None)
     for i in range(count):
         n = first + i * step
         at = chunk(n, step, C)
@@ -172,16 +183,16 @@ def gradients_halving(
         b_k = load(k, at, T, K, C, BK).to(ACC)
         b_v = load(v, at, T, V, C, BV).to(ACC)
         b_do = load(do, at, T, V, C, BV).to(ACC)
-        self_dA = (HAS_OWN + HAS_OPP) * tl.sum(b_do * b_v, 1)[:, None]  # token i reads itself, once in each direction
+        self_dA = SCANS * tl.sum(b_do * b_v, 1)[:, None]  # token i reads itself, once in each direction
         b_dq = self_dA * b_k
         b_dk = self_dA * b_q
-        b_dv = (HAS_OWN + HAS_OPP) * tl.sum(b_q * b_k, 1)[:, None] * b_do
+        b_dv = SCANS * tl.sum(b_q * b_k, 1)[:, None] * b_do
         A = tl.zeros((C, C), ACC)
         dA = dot(b_do, tl.trans(b_v), A, DOT)
-        if HAS_OPP:
-            b_g = load_any_gate(g_opp, at, T, K, C, BK, ACC, LIMIT)
+        if g_opp is not None:
+            b_g = load_any_gate(g_opp, at, T, K, C, BK, ACC)
             b_S = kept(p_S, n - start, dg_opp, dv, None, n * C, T, C, BV, BK).to(ACC)
-            part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, b_S, dS, True, C, LEVELS, ACC, DOT)
+            part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, b_S, dS, True, DOT)
             part_dq, part_dk, b_dg, part_A, part_dv = part
             b_dq += part_dq
             b_dk += part_dk
@@ -189,10 +200,10 @@ def gradients_halving(
             A += part_A
             store(dg_opp, b_dg, at, T, K, C, BK)
             dS = carry(dS, b_g, b_q, b_do, True, DOT)
-        if HAS_OWN:
-            b_g = load_any_gate(g_own, at, T, K, C, BK, ACC, LIMIT)
+        if g_own is not None:
+            b_g = load_any_gate(g_own, at, T, K, C, BK, ACC)
             b_dS = kept(p_dS, n - start, dg_own, dq, dk, n * C, T, C, BV, BK).to(ACC)
-            part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, S, b_dS, False, C, LEVELS, ACC, DOT)
+            part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, S, b_dS, False, DOT)
             part_dq, part_dk, b_dg, part_A, part_dv = part
             b_dq += part_dq
             b_dk += part_dk

@@ -22,9 +22,14 @@ exponents that the second will, and decides for it.
 A program holds the states `[BV, BK]` in registers; a V above BV is cut into blocks, which are independent: o, dv and
 rows of the states belong to one block each, while dq, dk and dg are sums over the blocks, left to the caller to add.
 
-A sequence longer than `launch.SEGMENT` is cut. If there are enough of them to fill a GPU, into two halves, and two
-programs walk towards each other: `half_kernel`, and `backward_kernel` with HALVES. A launch ends where they meet; the
-next takes up their states, and each does in the other's half what that has left to do: a token is read once by each.
+A sequence longer than `launch.SEGMENT` is cut. If there are enough of them to fill a GPU, and both gates are there and
+of one dtype, into two halves, each met by a program from its outer end, and then by the other: `half_kernel`, and
+`backward_kernel` with HALVES.
+
+    first launch      half 0: S_fwd ->        half 1:        <- S_rev        shares of o (backward: states) are left
+    second launch     half 0:        <- S_rev half 1: S_fwd ->               and found, and o (the gradients) written
+
+The states go from one launch to the next through memory; no program waits for another, or reads a token twice.
 Otherwise into as many segments as it takes, and two small kernels come first: `segment_kernel` finds what each segment
 adds to the states, `combine_kernel` what enters each segment.
 """
@@ -36,6 +41,7 @@ from triton.language.extra.cuda import gdc_wait
 from vig_ref.fused.anchored import forward_anchored, gradients_anchored, least, states_anchored
 from vig_ref.fused.blocks import (
     ROWS,
+    C,
     ahead,
     carry,
     chunk,
@@ -53,11 +59,14 @@ from vig_ref.fused.halving import forward_halving, gradients_halving, states_hal
 
 #: Arguments whose values Triton need not know: otherwise it compiles anew where one is 1, or a multiple of 16.
 SIZES = ["H", "T", "SEGMENT", "SEGMENTS"]
+#: Numbers of a state that a program of `combine_kernel` does.
+CELLS = tl.constexpr(128)
 
 
 @triton.jit
 def _wait(DEPENDENT: tl.constexpr):
-    """Until the kernel before has ended. DEPENDENT: this one may be launched earlier, which hides what that takes.
+    """Until the kernel before has ended. DEPENDENT: this one may be launched earlier, which hides what that takes
+    (CUDA's programmatic dependent launch; `launch_pdl` asks for it).
 
     The kernel before may be another library's. If it was launched early, too, it has to wait in turn, as all such do.
     """
@@ -85,7 +94,7 @@ def _program(H, INDEX: tl.constexpr, BACK: tl.constexpr = False):
 
 
 @triton.jit
-def _chunks(i_s, T, SEGMENT, C: tl.constexpr):
+def _chunks(i_s, T, SEGMENT):
     """A segment's leftmost chunk, and how many there are."""
     start = i_s * (SEGMENT // C)
     return start, tl.minimum(SEGMENT // C, tl.cdiv(T, C) - start)
@@ -119,11 +128,10 @@ def _own(fwd, rev, step, DENSE: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, g_fwd, g_rev, o, share, p_S_enter, scale, H, T, K, V, SEGMENT,
-    FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, BOUND: tl.constexpr,
     STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """o = scale * (sum over the directions of q S).  FWD, REV: which directions there are.
+    """o = scale * (sum over the directions of q S), of those that have a gate.
 
     share: where the reverse scan leaves its share of o, which is o itself if it is the only scan.
     p_S_enter: for each (batch, head) and block of V, SEGMENTS states that enter, of S_fwd, then as many of S_rev.
@@ -135,47 +143,41 @@ def forward_kernel(
     v, o = sequence(v, i_b, i_h, i_v * BV), sequence(o, i_b, i_h, i_v * BV)
     share = sequence(share, i_b, i_h, i_v * BV)
     V -= i_v * BV
-    start, count = _chunks(i_s, T, SEGMENT, C)
+    start, count = _chunks(i_s, T, SEGMENT)
     end = start + count - 1
     i_fwd, i_rev = _places(i_block, i_s)
     lowest = tl.zeros((ROWS // 2, BK), ACC)
-    if REV:
+    if g_rev is not None:
         g_rev = sequence(g_rev, i_b, i_h, 0)
         S = entering(p_S_enter, i_rev, BV, BK, ACC)
-        _, lowest = forward_anchored(
-            q, k, v, g_rev, share, None, S, scale, end, count, -1, T, K, V, C, BK, BV, ACC, DOT, STAGES, False
-        )
+        _, lowest = forward_anchored(q, k, v, g_rev, share, None, S, scale, end, count, -1, T, K, V, DOT, STAGES, False)
     tl.debug_barrier()  # what some threads of the program wrote, others read below
-    if FWD:
+    if g_fwd is not None:
         g_fwd = sequence(g_fwd, i_b, i_h, 0)
         S = entering(p_S_enter, i_fwd, BV, BK, ACC)
         _, lowest_fwd = forward_anchored(
-            q, k, v, g_fwd, o, share if REV else None, S, scale, start, count, 1, T, K, V,
-            C, BK, BV, ACC, DOT, STAGES, False,
+            q, k, v, g_fwd, o, share if g_rev is not None else None, S, scale, start, count, 1, T, K, V,
+            DOT, STAGES, False,
         )  # fmt: skip
         lowest = least(lowest, lowest_fwd)
     if not _exact(lowest, BOUND):
         tl.debug_barrier()  # the fast path's last reads come before what is written over them
-        if REV:
+        if g_rev is not None:
             S = entering(p_S_enter, i_rev, BV, BK, ACC)
-            forward_halving(
-                q, k, v, g_rev, share, None, S, scale, end, count, -1, T, K, V, C, LEVELS, BK, BV, ACC, DOT, LIMIT
-            )
+            forward_halving(q, k, v, g_rev, share, None, S, scale, end, count, -1, T, K, V, DOT)
         tl.debug_barrier()
-        if FWD:
+        if g_fwd is not None:
             S = entering(p_S_enter, i_fwd, BV, BK, ACC)
             forward_halving(
-                q, k, v, g_fwd, o, share if REV else None, S, scale, start, count, 1, T, K, V,
-                C, LEVELS, BK, BV, ACC, DOT, LIMIT,
-            )  # fmt: skip
+                q, k, v, g_fwd, o, share if g_rev is not None else None, S, scale, start, count, 1, T, K, V, DOT
+            )
 
 
 @triton.jit(do_not_specialize=SIZES)
 def half_kernel(
     q, k, v, g_fwd, g_rev, o, share, p_S_meet, scale, H, T, K, V, SEGMENT,
-    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-    DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
-    DEPENDENT: tl.constexpr, DENSE: tl.constexpr, SECOND: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, BOUND: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr, DEPENDENT: tl.constexpr, DENSE: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
     """`forward_kernel` for two halves, of SEGMENT tokens and of the rest, in two launches.
 
@@ -190,36 +192,28 @@ def half_kernel(
     share = sequence(share, i_b, i_h, i_v * BV)
     g, g_opp = _own(sequence(g_fwd, i_b, i_h, 0), sequence(g_rev, i_b, i_h, 0), step, DENSE)
     V -= i_v * BV
-    start, count = _chunks(1 - i_direction if SECOND else i_direction, T, SEGMENT, C)
+    start, count = _chunks(1 - i_direction if SECOND else i_direction, T, SEGMENT)
     first = _first(start, count, step)
     p_S = scratch(p_S_meet, i_block * 2 + i_direction, BV, BK)
     S = tl.zeros((BV, BK), ACC)
     if SECOND:
         _, lowest = forward_anchored(
-            q, k, v, g, o, share, tl.load(p_S), scale, first, count, step, T, K, V, C, BK, BV, ACC, DOT, STAGES, EARLY
+            q, k, v, g, o, share, tl.load(p_S), scale, first, count, step, T, K, V, DOT, STAGES, EARLY
         )
         if not _exact(lowest, BOUND):
             # The other share may be overwritten. That scan begins in this half.
             tl.debug_barrier()
             opposite = _first(start, count, -step)
-            forward_halving(
-                q, k, v, g_opp, share, None, S, scale, opposite, count, -step, T, K, V,
-                C, LEVELS, BK, BV, ACC, DOT, LIMIT,
-            )  # fmt: skip
+            forward_halving(q, k, v, g_opp, share, None, S, scale, opposite, count, -step, T, K, V, DOT)
             tl.debug_barrier()
-            forward_halving(
-                q, k, v, g, o, share, tl.load(p_S), scale, first, count, step, T, K, V,
-                C, LEVELS, BK, BV, ACC, DOT, LIMIT,
-            )  # fmt: skip
+            forward_halving(q, k, v, g, o, share, tl.load(p_S), scale, first, count, step, T, K, V, DOT)
     else:
         S_end, lowest = forward_anchored(
-            q, k, v, g, share, None, S, scale, first, count, step, T, K, V, C, BK, BV, ACC, DOT, STAGES, EARLY
+            q, k, v, g, share, None, S, scale, first, count, step, T, K, V, DOT, STAGES, EARLY
         )
         if not _exact(lowest, BOUND):
             tl.debug_barrier()
-            S_end = forward_halving(
-                q, k, v, g, share, None, S, scale, first, count, step, T, K, V, C, LEVELS, BK, BV, ACC, DOT, LIMIT
-            )
+            S_end = forward_halving(q, k, v, g, share, None, S, scale, first, count, step, T, K, V, DOT)
         tl.store(p_S, S_end)
 
 
@@ -227,16 +221,19 @@ def half_kernel(
 def backward_kernel(
     q, k, v, g_fwd, g_rev, do, dq, dk, dv, dg_fwd, dg_rev, p_S, p_dS, p_S_enter, p_dS_enter, p_exact,
     scale, H, T, K, V, SEGMENT,
-    FWD: tl.constexpr, REV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, BOUND: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, BOUND: tl.constexpr,
     STAGES: tl.constexpr, DEPENDENT: tl.constexpr, DENSE: tl.constexpr, HALVES: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
     """All gradients of `forward_kernel` in two launches, a walk each; SECOND: the one that writes them.
 
+    A direction whose scan goes along the first walk is the opposite one of the second. So S lies in the memory of its
+    own gate's dg and of dv, and dS in that of its gate's dg and of dq, dk, whichever walk looks.
+
     p_S, p_dS: memory for the states of all chunks, if they do not go where gradients will be.
     p_S_enter, p_dS_enter: as in `forward_kernel`; with HALVES where the first walk leaves, for the second, the state of
     a program's own scan and the gradient of the opposite one's, as p_S_meet in `half_kernel`.
-    p_exact: for each segment, whether the first walk found the fast path exact. Both walks meet the same sums of gates.
+    p_exact: for each program of the first walk, whether that found the fast path exact. Both walks meet the same sums
+    of gates.
     """
     _wait(DEPENDENT)
     i_b, i_h, i_v, i_s, i_block = _program(H, INDEX, not SECOND)
@@ -245,9 +242,9 @@ def backward_kernel(
     i_part = i_v * (tl.num_programs(0) // H) + i_b  # every block of V has its own dq, dk and dg: stacked along B
     dq, dk = sequence(dq, i_part, i_h, 0), sequence(dk, i_part, i_h, 0)
     dv = sequence(dv, i_b, i_h, i_v * BV)
-    if FWD:
+    if g_fwd is not None:
         g_fwd, dg_fwd = sequence(g_fwd, i_b, i_h, 0), sequence(dg_fwd, i_part, i_h, 0)
-    if REV:
+    if g_rev is not None:
         g_rev, dg_rev = sequence(g_rev, i_b, i_h, 0), sequence(dg_rev, i_part, i_h, 0)
     V -= i_v * BV
     SEGMENTS = tl.num_programs(2)
@@ -258,21 +255,15 @@ def backward_kernel(
         i_s = 1 - i_s if SECOND else i_s
         g_own, g_opp = _own(g_fwd, g_rev, step, DENSE)
         dg_own, dg_opp = _own(dg_fwd, dg_rev, step, True)
-        HAS_OWN: tl.constexpr = True
-        HAS_OPP: tl.constexpr = True
     elif SECOND:
         i_own, i_opp = _places(i_block, i_s)
         step: tl.constexpr = 1
         g_own, g_opp, dg_own, dg_opp = g_fwd, g_rev, dg_fwd, dg_rev
-        HAS_OWN: tl.constexpr = FWD
-        HAS_OPP: tl.constexpr = REV
     else:
         i_opp, i_own = _places(i_block, i_s)
         step: tl.constexpr = -1
         g_own, g_opp, dg_own, dg_opp = g_rev, g_fwd, dg_rev, dg_fwd
-        HAS_OWN: tl.constexpr = REV
-        HAS_OPP: tl.constexpr = FWD
-    start, count = _chunks(i_s, T, SEGMENT, C)
+    start, count = _chunks(i_s, T, SEGMENT)
     if p_S is None:  # states go to the gradients' memory, and tiles are full: masks need not look at features
         K = BK
         V = BV
@@ -287,7 +278,7 @@ def backward_kernel(
     if not SECOND:
         S_end, dS_end, lowest = states_anchored(
             q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-            scale, start, first, count, step, T, K, V, HAS_OWN, HAS_OPP, C, BK, BV, ACC, DOT, STAGES,
+            scale, start, first, count, step, T, K, V, DOT, STAGES,
         )  # fmt: skip
         exact = _exact(lowest, BOUND)
         tl.store(p_exact, exact.to(tl.int32))
@@ -295,7 +286,7 @@ def backward_kernel(
             tl.debug_barrier()  # the fast path's last stores come before what is written over them
             S_end, dS_end = states_halving(
                 q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-                scale, start, first, count, step, T, K, V, HAS_OWN, HAS_OPP, C, BK, BV, ACC, DOT, LIMIT,
+                scale, start, first, count, step, T, K, V, DOT,
             )  # fmt: skip
         if HALVES:
             tl.store(scratch(p_S_enter, i_own, BV, BK), S_end)
@@ -303,42 +294,39 @@ def backward_kernel(
     elif tl.load(p_exact) != 0:
         gradients_anchored(
             q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-            scale, start, first, count, step, T, K, V, HAS_OWN, HAS_OPP, C, BK, BV, ACC, DOT, STAGES,
+            scale, start, first, count, step, T, K, V, DOT, STAGES,
         )  # fmt: skip
     else:
         gradients_halving(
             q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-            scale, start, first, count, step, T, K, V, HAS_OWN, HAS_OPP, C, LEVELS, BK, BV, ACC, DOT, LIMIT,
+            scale, start, first, count, step, T, K, V, DOT,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def segment_kernel(
     x, y, g_fwd, g_rev, p_state, p_total, scale, H, T, K, V, SEGMENT,
-    FWD: tl.constexpr, REV: tl.constexpr, OWN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    GRADIENT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """What one segment alone adds to the states of both directions, and the log decays across it.
 
-    The states are S, with x = k and y = v, or with OWN their gradients dS, with x = q and y = do, which go the other
-    way and are decayed by the token's own gate too. scale: the factor of x, 1 for S and the operator's for dS.
+    The states are S, with x = k and y = v, or, with GRADIENT, their gradients dS, with x = q and y = do, which go the
+    other way and are decayed by the token's own gate too. scale: the factor of x, 1 for S and the operator's for dS.
 
     One walk to the right, in which no exponent is positive. S_fwd or dS_rev goes along. To the one that goes against it
     each chunk adds its share, decayed by all gates to the left of it.
     """
     _wait(DEPENDENT)
     i_b, i_h, i_v, i_s, i_block = _program(H, INDEX)
-    start, count = _chunks(i_s, T, SEGMENT, C)
+    start, count = _chunks(i_s, T, SEGMENT)
     x, y = sequence(x, i_b, i_h, 0), sequence(y, i_b, i_h, i_v * BV)
     V -= i_v * BV
-    if FWD:
+    if g_fwd is not None:
         g_fwd = sequence(g_fwd, i_b, i_h, 0)
-    if REV:
+    if g_rev is not None:
         g_rev = sequence(g_rev, i_b, i_h, 0)
-    g_along, g_against = (g_rev, g_fwd) if OWN else (g_fwd, g_rev)
-    ALONG: tl.constexpr = REV if OWN else FWD
-    AGAINST: tl.constexpr = FWD if OWN else REV
+    g_along, g_against = (g_rev, g_fwd) if GRADIENT else (g_fwd, g_rev)
     S_along = tl.zeros((BV, BK), ACC)
     S_against = S_along
     decay_along = tl.zeros((ROWS, BK), ACC)
@@ -347,22 +335,22 @@ def segment_kernel(
         at = chunk(start + i, 1, C)
         b_x = load(x, at, T, K, C, BK).to(ACC)
         b_yT = load(y, at, T, V, C, BV, TRANSPOSED=True)
-        if ALONG:
-            b_g = load_any_gate(g_along, at, T, K, C, BK, ACC, LIMIT)
-            S_along = carry(S_along, b_g, b_x, tl.trans(b_yT), OWN, DOT)
+        if g_along is not None:
+            b_g = load_any_gate(g_along, at, T, K, C, BK, ACC)
+            S_along = carry(S_along, b_g, b_x, tl.trans(b_yT), GRADIENT, DOT)
             decay_along += total(b_g, DOT)
-        if AGAINST:
-            b_g = load_any_gate(g_against, at, T, K, C, BK, ACC, LIMIT)
-            b_xE = b_x * exp2(sums(ahead(True, OWN, C), b_g, DOT) + decay_against, DOT)  # C is ROWS
+        if g_against is not None:
+            b_g = load_any_gate(g_against, at, T, K, C, BK, ACC)
+            b_xE = b_x * exp2(sums(ahead(True, GRADIENT, C), b_g, DOT) + decay_against, DOT)  # C is ROWS
             S_against = dot(b_yT, b_xE, S_against, DOT)
             decay_against += total(b_g, DOT)
     i_fwd, i_rev = _places(i_block, i_s)
-    i_along, i_against = (i_rev, i_fwd) if OWN else (i_fwd, i_rev)
+    i_along, i_against = (i_rev, i_fwd) if GRADIENT else (i_fwd, i_rev)
     row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, BK)[None, :]  # rows are equal
-    if ALONG:
+    if g_along is not None:
         tl.store(scratch(p_state, i_along, BV, BK), S_along * scale)
         tl.store(p_total + i_along * BK + col + 0 * row, decay_along, mask=row == 0)
-    if AGAINST:
+    if g_against is not None:
         tl.store(scratch(p_state, i_against, BV, BK), S_against * scale)
         tl.store(p_total + i_against * BK + col + 0 * row, decay_against, mask=row == 0)
 
@@ -370,8 +358,7 @@ def segment_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
     p_state, p_total, SEGMENTS,
-    FWD: tl.constexpr, OWN: tl.constexpr, CELLS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    STAGES: tl.constexpr, UNROLL: tl.constexpr, DEPENDENT: tl.constexpr,
+    FWD: tl.constexpr, GRADIENT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """From what each segment adds to a state to what enters each, in place. A program does some cells of one state.
 
@@ -380,14 +367,14 @@ def combine_kernel(
     _wait(DEPENDENT)
     i_block, i_direction = tl.program_id(0).to(tl.int64), tl.program_id(1) + (0 if FWD else 1)  # REV alone is 1, too
     cell = tl.program_id(2) * CELLS + tl.arange(0, CELLS)
-    step = 1 if i_direction == (1 if OWN else 0) else -1  # the scan's: S_fwd and dS_rev go to the right
+    step = 1 if i_direction == (1 if GRADIENT else 0) else -1  # the scan's: S_fwd and dS_rev go to the right
     first = (i_block * 2 + i_direction) * SEGMENTS + _first(0, SEGMENTS, step)
     p_enter = p_state + first * BV * BK  # one for all cells, and apart from what is loaded: it is not fetched ahead
     S = tl.zeros((CELLS,), p_state.dtype.element_ty)
-    for i in tl.range(SEGMENTS, num_stages=STAGES, loop_unroll_factor=UNROLL):
-        i_own = first + i * step
-        decay = tl.load(p_total + i_own * BK + cell % BK)
-        added = tl.load(p_state + i_own * BV * BK + cell)
+    for i in tl.range(SEGMENTS, num_stages=4, loop_unroll_factor=4):
+        i_segment = first + i * step
+        decay = tl.load(p_total + i_segment * BK + cell % BK)
+        added = tl.load(p_state + i_segment * BV * BK + cell)
         tl.store(p_enter + cell, S)
         S = tl.exp2(decay) * S + added
         p_enter += step * BV * BK

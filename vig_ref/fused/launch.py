@@ -12,9 +12,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from vig_ref.fused import kernels
 
-#: Tokens per chunk: the smallest tile that the tensor cores take. Less is forgotten, so that the fast path serves
-#: more gates, and a program needs fewer registers.
-CHUNK = 16
+CHUNK: int = kernels.C.value
 
 
 class Warps(NamedTuple):
@@ -26,28 +24,30 @@ class Warps(NamedTuple):
     ieee: int
 
 
-#: The tiles that hold a state in registers, (columns BK, rows BV). The first that is large enough is taken; a V larger
-#: than all is cut into blocks. The first two are the heads of ViG-H and ViG. (With tf32, products of 64 rows by four
-#: warps are wrong in Triton 3.6.)
+#: The tiles that hold a state in registers, (columns BK, rows BV). The first that is large enough is taken, or the
+#: last; a V larger than its rows is cut into blocks. The first two are the heads of ViG-H and ViG. (With tf32, products
+#: of 64 rows by four warps are wrong in Triton 3.6.)
 TILES = {(16, 32): Warps(1, 2, 4, 4), (32, 64): Warps(2, 4, 2, 4), (128, 32): Warps(4, 8, 8, 8)}
-#: Registers of a thread in the forward pass and in `segment_kernel`, where the compiler would take more than it needs:
-#: six programs of two warps, twelve of one, then share a multiprocessor. With fewer, or so many elsewhere, they spill.
+#: Registers of a thread in `forward_kernel` and `segment_kernel`, where the compiler would take more than it needs.
+#: With bfloat16 six programs of two warps, twelve of one, then share a multiprocessor. With fewer, or so many
+#: elsewhere, they spill.
 REGISTERS = {(16, 32): 168, (32, 64): 168}
 MAX_K = max(BK for BK, _ in TILES)
 #: Tokens of a sequence that is not cut, and of a segment at most, unless that makes more than MAX_SEGMENTS. A multiple
 #: of CHUNK.
 SEGMENT = 256
 MAX_SEGMENTS = 256
-#: So many sequences (of each batch, head and block of V) fill a GPU with two programs each: about one for each of its
+#: From so many sequences on (one for each batch, head and block of V), two programs each fill an H200, which has 132
 #: multiprocessors. Then a long one is only halved.
 MANY = 128
 #: The smallest exponent, in base 2, with which the fast path may go on: a sum of gates between the middles of
-#: neighbouring chunks, or from the last middle to the end. The forward pass needs exp(-b) to stay far below the largest
-#: float32. In the gates' gradients, terms of size 1 cancel to terms of size 2^BOUND, which must not be lost in the
-#: roundoff of sums.
-BOUND = -80.0
+#: neighbouring chunks, or from an end to the middle next to it. The forward pass multiplies by exp(b) and exp(-b), and
+#: 2^40 leaves q, k and v most of the range of float32, from 2^-126 to 2^128. In the gates' gradients, terms of size 1
+#: cancel to terms of size 2^BOUND, which must not be lost in the roundoff of sums.
+BOUND = -40.0
 BOUND_BACKWARD = {"bf16": -8.0, "tf32": -8.0, "ieee": -2.0}
-#: Chunks in shared memory, all but one fetched ahead, for bfloat16 in the tiles of ViG. Others would not fit.
+#: Chunks in shared memory, all but one fetched ahead, for bfloat16 in the tiles of ViG. In others they would not fit,
+#: but for those of `segment_kernel`.
 STAGES = 3
 #: Others for the first walk of the backward pass, which loads less, and where few programs hide little: in
 #: `half_kernel`, and in `segment_kernel` if there are `_few`.
@@ -67,10 +67,10 @@ def bidirectional_gla(
 
     Args:
         precision: the products of float32 inputs, "ieee" or "tf32". float16 inputs always use tf32 operands (scores of
-            large inputs do not fit in float16), bfloat16 inputs bfloat16 ones. The interpreter multiplies in float32.
+            large inputs do not fit in float16), bfloat16 inputs bfloat16 ones. The interpreter rounds no operands.
 
     Raises:
-        ValueError: a device, dtype, K or V that the kernel does not take, or an unknown precision.
+        ValueError: a device, dtype or K that the kernel does not take, or an unknown precision.
         NotImplementedError: a forward-mode derivative is asked for, or, in the backward pass, a second one.
     """
     return _checked(q, k, v, g_fwd, g_rev, scale / 2, precision)
@@ -96,14 +96,20 @@ def _checked(
             f"backend 'fused' needs CUDA tensors, got {q.device.type}; {instead}, or set TRITON_INTERPRET=1 before "
             "Python starts to run the kernel in Triton's interpreter (slow, for learning and testing)"
         )
+    if torch.version.hip:
+        raise ValueError(f"backend 'fused' is written for NVIDIA GPUs, got an AMD one; {instead}")
     if not INTERPRETED and q.dtype == torch.float64:
         raise ValueError(f"backend 'fused' takes float32, float16 and bfloat16, got float64; {instead}")
-    there = [x for x in (q, k, v, g_fwd, g_rev) if x is not None]
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in there):
-        raise NotImplementedError(f"backend 'fused' has no forward-mode derivative; {instead}")  # PyTorch would take 0
+    _refuse_tangents(*(x for x in (q, k, v, g_fwd, g_rev) if x is not None))
     if q.shape[3] > MAX_K:
         raise ValueError(f"backend 'fused' takes K up to {MAX_K}, got {q.shape[3]}; {instead}")
     return _forward(q, k, v, g_fwd, g_rev, scale, precision)[0]
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    """Of forward-mode derivatives, which PyTorch would take for 0."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("backend 'fused' has no forward-mode derivative; choose backend='chunked' or 'naive'")
 
 
 @torch.library.custom_op("vig_ref::gla_forward", mutates_args=())
@@ -115,8 +121,8 @@ def _forward(
     o, S_enter = _empty(v), _entering(q, v, halves)
     if o.numel():
         far = _far(q, k, v, g_fwd, g_rev, o)
-        options = _options(q, v, g_fwd, g_rev, precision, backward=False, far=far)
-        tensors = [_strided(x) for x in (q, k, v, g_fwd, g_rev, o, _share(o, options))]
+        options = _options(q, v, precision, backward=False, far=far)
+        tensors = [_strided(x) for x in (q, k, v, g_fwd, g_rev, o, _share(o, g_fwd, g_rev, options))]
         grid, sizes = _grid(v, options["BV"], halves), _sizes(q, v, halves)
         with _device(q):
             if halves:
@@ -139,10 +145,10 @@ def _backward(
 ) -> list[Tensor]:
     inputs = [x for x in (q, k, v, g_fwd, g_rev) if x is not None]
     grads = [_empty(x) for x in inputs]
-    if not do.numel():
-        return grads
+    if not do.numel():  # with V = 0 there are gradients, of 0
+        return [grad.zero_() for grad in grads]
     halves = _halves(q, v, g_fwd, g_rev)
-    options = _options(q, v, g_fwd, g_rev, precision, backward=True, far=_far(*inputs, do, *grads))
+    options = _options(q, v, precision, backward=True, far=_far(*inputs, do, *grads))
     grid = _grid(v, options["BV"], halves)
     blocks = grid[1]
     parts = grads if blocks == 1 else [grad if n == 2 else _parts(inputs[n], blocks) for n, grad in enumerate(grads)]
@@ -167,10 +173,10 @@ def _backward(
 
 
 def _enter(
-    x: Tensor, y: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, scale: float, enter: Tensor, own: bool,
+    x: Tensor, y: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, scale: float, enter: Tensor, gradient: bool,
     options: dict,
 ) -> None:
-    """Fill `enter` with what enters each segment, if there are several. x, y, own: see `kernels.segment_kernel`."""
+    """Fill `enter` with what enters each segment, if there are several. x, y: see `kernels.segment_kernel`."""
     if not enter.numel():
         return
     blocks, _, segments, BV, _ = enter.shape
@@ -178,11 +184,12 @@ def _enter(
     grid = _grid(y, BV, False)
     kernels.segment_kernel[grid](
         *(_strided(each) for each in (x, y, g_fwd, g_rev)), enter, decay, scale, *_sizes(x, y, False),
-        **segment_constants(options, own, _few(grid)),
+        **segment_constants(options, gradient, _few(grid)),
     )  # fmt: skip
-    constants = combine_constants(options, own)
-    cells = BV * options["BK"] // constants["CELLS"]
-    kernels.combine_kernel[blocks, options["FWD"] + options["REV"], cells](enter, decay, segments, **constants)
+    directions = (g_fwd is not None) + (g_rev is not None)
+    kernels.combine_kernel[blocks, directions, BV * options["BK"] // kernels.CELLS.value](
+        enter, decay, segments, **combine_constants(options, g_fwd is not None, gradient)
+    )
 
 
 @_forward.register_fake
@@ -204,6 +211,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, do, _):
     if do is None:  # nothing depends on o
         return (None,) * 7
+    _refuse_tangents(do)
     q, k, v, g_fwd, g_rev, S_enter = ctx.saved_tensors
     dq, dk, dv, *dg = _backward(q, k, v, g_fwd, g_rev, S_enter, do, ctx.scale, ctx.precision)
     dg_fwd = None if g_fwd is None else dg[0]
@@ -288,24 +296,24 @@ def _or_none(x: Tensor) -> Tensor | None:
 def _states(q: Tensor, v: Tensor, grads: list[Tensor], options: dict, halves: bool) -> Tensor:
     """Scratch memory for a state of every chunk; none if both states fit in the memory of the chunk's gradients.
 
-    They do with the heads of ViG, bfloat16 and gates in float32: see `blocks._in_gradients`.
+    They do where heads fill their tile, as ViG's, with bfloat16 and gates in float32: see `blocks._in_gradients`.
     """
     BK, BV = options["BK"], options["BV"]
     full = (q.shape[3], v.shape[3]) == (BK, BV) and BV <= 4 * CHUNK
     if full and options["DOT"] == "bf16" and all(dg.dtype == torch.float32 for dg in grads[3:]):
         return v.new_empty(0)
     BH, blocks, segments = _grid(v, BV, halves)
-    chunks = segments * (_cut(v.shape[2], halves) // options["C"])
+    chunks = segments * (_cut(v.shape[2], halves) // CHUNK)
     return v.new_empty(BH * blocks * chunks, BV, BK, dtype=_rounded(v, options))
 
 
-def _share(o: Tensor, options: dict) -> Tensor:
+def _share(o: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, options: dict) -> Tensor:
     """Memory for what the scan that comes first adds to o: o itself, if it is as precise as operands of products are.
 
     Not if its rows are shorter than a cache line, as ViG-H's are: with scratch memory, where one head comes after the
     other, the forward pass of H-T s1 (`vig-ref bench ops`) took 7 % less on an H200, when it was cut into segments.
     """
-    alone = not (options["FWD"] and options["REV"])
+    alone = g_fwd is None or g_rev is None
     if alone or (o.dtype == _rounded(o, options) and o.shape[3] * o.element_size() >= LINE):
         return o
     return o.new_empty(o.shape, dtype=_rounded(o, options))
@@ -359,13 +367,11 @@ def _grid(v: Tensor, BV: int, halves: bool) -> tuple[int, int, int]:
 
 
 def _few(grid: tuple[int, int, int]) -> bool:
-    """Whether a GPU's schedulers, four to a multiprocessor, would have at most one program each."""
+    """Whether programs are at most as many as an H200's schedulers, four to a multiprocessor."""
     return math.prod(grid) <= 4 * MANY
 
 
-def _options(
-    q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, precision: str, *, backward: bool, far: bool
-) -> dict:
+def _options(q: Tensor, v: Tensor, precision: str, *, backward: bool, far: bool) -> dict:
     """The compile-time constants of a launch."""
     capability = (8, 0) if INTERPRETED else torch.cuda.get_device_capability(q.device)
     if capability < (8, 0):
@@ -373,11 +379,9 @@ def _options(
     dot = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(q.dtype, precision)
     if INTERPRETED:
         dot = "ieee"  # the interpreter multiplies the bit patterns of bfloat16
-    there = g_fwd is not None, g_rev is not None
     return constants(
-        _tile(q, v), dot, *there, backward=backward, double=q.dtype == torch.float64, far=far,
-        dependent=capability >= (9, 0),
-    )  # fmt: skip
+        _tile(q, v), dot, backward=backward, double=q.dtype == torch.float64, far=far, dependent=capability >= (9, 0)
+    )
 
 
 def _far(*tensors: Tensor | None) -> bool:
@@ -397,20 +401,18 @@ def _tile(q: Tensor, v: Tensor) -> tuple[int, int]:
 
 
 def constants(
-    tile: tuple[int, int], dot: str, fwd: bool, rev: bool, *, backward: bool, double: bool = False, far: bool = False,
-    dependent: bool = False,
-) -> dict:  # fmt: skip
-    """The compile-time constants of `forward_kernel`, and what others share with it, for a tile of TILES, an arithmetic
-    and the directions that there are.
+    tile: tuple[int, int], dot: str, *, backward: bool, double: bool = False, far: bool = False, dependent: bool = False
+) -> dict:
+    """The compile-time constants of `forward_kernel`, and what others share with it, for a tile of TILES and an
+    arithmetic.
 
     far: see `_far`; offsets of 32 bits cost fewer instructions and registers.
     dependent: whether the GPU can launch a kernel before the one ahead has ended; the kernel waits for that by itself.
     """
     return {
-        "FWD": fwd, "REV": rev, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1, "BK": tile[0], "BV": tile[1],
-        "ACC": kernels.tl.float64 if double else kernels.tl.float32,
-        "INDEX": kernels.tl.int64 if far else kernels.tl.int32, "DOT": dot, "LIMIT": 2000.0 if double else 300.0,
-        "BOUND": BOUND, "STAGES": STAGES if dot == "bf16" and tile[0] < MAX_K else 1,
+        "BK": tile[0], "BV": tile[1], "ACC": kernels.tl.float64 if double else kernels.tl.float32,
+        "INDEX": kernels.tl.int64 if far else kernels.tl.int32, "DOT": dot, "BOUND": BOUND,
+        "STAGES": STAGES if dot == "bf16" and tile[0] < MAX_K else 1,
         "num_warps": _warps(tile, dot, "backward" if backward else "forward"), "num_stages": 1,
         "maxnreg": None if backward else REGISTERS.get(tile),
         "DEPENDENT": dependent, "launch_pdl": dependent,
@@ -420,10 +422,9 @@ def constants(
 def half_constants(options: dict, dense: bool, few: bool, second: bool) -> dict:
     """The compile-time constants of `half_kernel`. few: see `_few`."""
     ahead = {"STAGES": MORE_STAGES} if options["STAGES"] > 1 else {}
-    early = few and options["BK"] < 32  # one warp with bfloat16; and without, so that the interpreter meets it, too
+    early = few and options["BK"] < 32  # one warp, with bfloat16; other dtypes too, so that tests without a GPU meet it
     walk = {"DENSE": dense, "SECOND": second, "EARLY": early, "maxnreg": None}
-    kept = {name: options[name] for name in options if name not in ("FWD", "REV")}
-    return kept | ahead | walk
+    return options | ahead | walk
 
 
 def backward_constants(options: dict, halves: bool, dense: bool, second: bool) -> dict:
@@ -438,17 +439,17 @@ def _warps(tile: tuple[int, int], dot: str, kind: str) -> int:
     return getattr(TILES[tile], kind if dot == "bf16" else dot)
 
 
-def segment_constants(options: dict, own: bool, few: bool) -> dict:
+def segment_constants(options: dict, gradient: bool, few: bool) -> dict:
     """The compile-time constants of `segment_kernel`. few: see `_few`."""
     tile, dot = (options["BK"], options["BV"]), options["DOT"]
-    kept = ("FWD", "REV", "C", "BK", "BV", "ACC", "INDEX", "DOT", "LIMIT", "DEPENDENT", "launch_pdl")
+    kept = ("BK", "BV", "ACC", "INDEX", "DOT", "DEPENDENT", "launch_pdl")
     return {name: options[name] for name in kept} | {
-        "OWN": own, "STAGES": (MORE_STAGES if few else STAGES) if dot == "bf16" else 1,
+        "GRADIENT": gradient, "STAGES": (MORE_STAGES if few else STAGES) if dot == "bf16" else 1,
         "num_warps": _warps(tile, dot, "forward"), "maxnreg": REGISTERS.get(tile),
     }  # fmt: skip
 
 
-def combine_constants(options: dict, own: bool) -> dict:
-    """The compile-time constants of `combine_kernel`: one warp, UNROLL segments a round, STAGES - 1 rounds ahead."""
-    kept = {name: options[name] for name in ("FWD", "BK", "BV", "DEPENDENT", "launch_pdl")}
-    return kept | {"OWN": own, "CELLS": 128, "STAGES": 4, "UNROLL": 4, "num_warps": 1}
+def combine_constants(options: dict, fwd: bool, gradient: bool) -> dict:
+    """The compile-time constants of `combine_kernel`. fwd: whether there is a forward scan."""
+    kept = {name: options[name] for name in ("BK", "BV", "DEPENDENT", "launch_pdl")}
+    return kept | {"FWD": fwd, "GRADIENT": gradient, "num_warps": 1}
