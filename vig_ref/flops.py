@@ -59,7 +59,7 @@ def count_macs(model: nn.Module, img_size: int | tuple[int, int] = 224, *, in_ch
 
     Example:
         >>> count_macs(create_model("vig_tiny"))[""] / 1e9
-        1.169...
+        1.167...
     """
     model = copy.deepcopy(model).to("meta").eval()
     height, width = img_size if isinstance(img_size, tuple) else (img_size, img_size)
