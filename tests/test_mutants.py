@@ -50,3 +50,5 @@ def test_the_record_is_of_this_list():
         assert [{key: m[key] for key in listed[0]} for m in record["mutants"]] == listed
         assert [m["name"] for m in record["mutants"] if not as_expected(m)] == []
         assert table(record).count("\n") == len(MUTANTS) + 2
+        shown = (ROOT / "docs" / "verification.md").read_text().partition("<!-- begin mutation.json -->\n")[2]
+        assert shown.partition("\n<!-- end")[0].strip() == table(record).strip()
