@@ -41,7 +41,8 @@ def test_maps_are_what_the_levels_give(model):
 def test_which_maps(model):
     x = images(1, 3, 16, 16)
     first, last = model.forward_intermediates(x, intermediates_only=True)
-    for indices, expected in [([1, 0], [last, first]), ([-1], [last]), (1, [last]), (-2, [first]), (2, [first, last])]:
+    cases = [([1, 0], [last, first]), ([-1], [last]), (1, [last]), (-1, [last]), (-2, [first]), (2, [first, last])]
+    for indices, expected in cases:
         maps = model.forward_intermediates(x, indices=indices, intermediates_only=True)
         assert all(torch.equal(m, e) for m, e in zip(maps, expected, strict=True)), indices
 
@@ -70,10 +71,21 @@ def test_pruning_keeps_the_maps(model):
     torch.testing.assert_close(maps[0], expected[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("indices", [[2], [-3], 3, []])
+@pytest.mark.parametrize("indices", [[2], [-3], []])
 def test_levels_that_are_not_there(model, indices):
-    with pytest.raises(ValueError, match="indices: expected levels from -2 to 1, got "):
+    with pytest.raises(ValueError, match="indices: expected levels from -2 to 1, got " + re.escape(f"{indices}")):
         model.forward_intermediates(images(1, 3, 16, 16), indices)
+
+
+@pytest.mark.parametrize("indices", [0, 3, -3, -4, 25])
+def test_numbers_of_levels_that_are_not_there(model, indices):
+    """The message has the number that came. (-3 was once taken for -1.)"""
+    message = f"indices: expected a number of last levels from 1 to 2, or a level from -2 to -1, got {indices}; for"
+    with pytest.raises(ValueError, match=message):
+        model.forward_intermediates(images(1, 3, 16, 16), indices)
+    with pytest.raises(ValueError, match=message):
+        model.prune_intermediate_layers(indices)
+    assert len(model.levels) == 2
 
 
 def test_unknown_format(model):

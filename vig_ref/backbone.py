@@ -80,7 +80,7 @@ class Backbone(nn.Module):
 
         Args:
             x: images.
-            indices: the levels, negative from the end; a number n for the last n; None for all.
+            indices: the levels, negative from the end; a number n for the last n, or -n for that one; None for all.
             norm: put the final norm on each map of its width: every one of a plain ViG, the last stage of the other.
             stop_early: skip what lies behind the last level asked for; the features then end there, without norm.
             output_fmt: "NCHW", or "NLC" for tokens `[B, T, D]`.
@@ -119,7 +119,12 @@ class Backbone(nn.Module):
         if indices is None:
             return list(range(n))
         if isinstance(indices, int):
-            indices = range(n - indices, n) if 0 < indices <= n else [indices + n]
+            if not indices or not -n <= indices <= n:
+                raise ValueError(
+                    f"indices: expected a number of last levels from 1 to {n}, or a level from -{n} to -1, got "
+                    f"{indices}; for levels counted from the image, pass a list"
+                )
+            indices = range(n - indices, n) if indices > 0 else [indices]
         if not indices or not all(-n <= i < n for i in indices):
             raise ValueError(f"indices: expected levels from {-n} to {n - 1}, got {list(indices)}")
         return [i % n for i in indices]
