@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import test_hierarchical
@@ -69,6 +70,44 @@ def test_pruning_keeps_the_maps(model):
     assert isinstance(model.head, nn.Identity)
     maps = model.forward_intermediates(x, taken, intermediates_only=True)
     torch.testing.assert_close(maps[0], expected[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("prune_norm", [False, True])
+def test_a_pruned_model_is_a_model_of_what_is_left(model, prune_norm):
+    x, trained = images(2, 3, 16, 16), model.norm
+    width = model.feature_info[0]["num_chs"]
+    (left,) = model.forward_intermediates(x, [0], output_fmt="NLC", intermediates_only=True)
+    model.prune_intermediate_layers([0], prune_norm=prune_norm)
+    assert model.num_features == model.head_hidden_size == width
+    if prune_norm:
+        expected = left
+    elif isinstance(trained, nn.LayerNorm):  # a new one, of weights 1 and biases 0, for fewer channels
+        expected = F.layer_norm(left, (width,), eps=trained.eps)
+    else:
+        assert model.norm is trained
+        expected = trained(left)
+    torch.testing.assert_close(model.forward_features(x), expected)
+    torch.testing.assert_close(model(x), expected.mean(1))
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+def test_a_head_stays_where_it_fits():
+    model, x = test_model.tiny(), images(2, 3, 16, 16)
+    head = model.head
+    model.prune_intermediate_layers([0], prune_head=False)
+    assert model.head is head
+    assert model(x).shape == (2, 5)
+
+
+def test_a_head_that_would_not_fit_is_refused():
+    model = test_hierarchical.tiny()
+    message = "prune_head: expected True, as the head takes 16 features and 8 are left, got False; prune it, then"
+    with pytest.raises(ValueError, match=message):
+        model.prune_intermediate_layers([0], prune_head=False)
+    assert len(model.levels) == 2
+    assert model(images(2, 3, 16, 16)).shape == (2, 5)
 
 
 @pytest.mark.parametrize("indices", [[2], [-3], []])

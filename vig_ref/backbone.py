@@ -173,8 +173,23 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the levels behind the last one asked for; returns `indices` as numbers from 0."""
+        """Remove the levels behind the last one asked for; returns `indices` as numbers from 0.
+
+        Where the last level left is narrower, as in a hierarchical ViG, `num_features` is its width, and the norm, if not
+        pruned too, a new one of that width, untrained; a head cannot stay.
+
+        Raises:
+            ValueError: a level that is not there, or a head that would have to take other features.
+        """
         taken = self.level_indices(indices)
+        width = self.feature_info[max(taken)]["num_chs"]
+        if width != self.num_features:
+            if not prune_head and not isinstance(self.head, nn.Identity):
+                raise ValueError(
+                    f"prune_head: expected True, as the head takes {self.num_features} features and {width} are left, "
+                    f"got False; prune it, then reset_classifier makes a new one"
+                )
+            self.num_features, self.norm = width, type(self.norm)(width).to(next(self.parameters()))
         self.keep_levels(max(taken) + 1)
         if prune_norm:
             self.norm = nn.Identity()
