@@ -9,7 +9,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vig_ref.model
-from vig_ref.model import PRESETS, DropPath, Mixer, PatchConv, PatchEmbed, RMSNorm, SwiGLU, ViG, ViGConfig, create_model
+from vig_ref.model import (
+    PRESETS,
+    DropPath,
+    Mixer,
+    PatchConv,
+    PatchEmbed,
+    RMSNorm,
+    SwiGLU,
+    ViG,
+    ViGConfig,
+    create_model,
+    drop_path_rates,
+)
 
 #: The fused layer computes in float64 on the CPU where its kernels are interpreted, that is, without a GPU; with one,
 #: tests/test_gpu.py runs it.
@@ -254,6 +266,23 @@ def test_drop_path_grows_linearly_over_the_blocks():
     with torch.device("meta"):
         model = create_model("vig_small")
     assert [block.drop_path.p for block in model.blocks] == pytest.approx([0.2 * n / 11 for n in range(12)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_drop_path_does_not_depend_on_the_default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert drop_path_rates(0.3, 4) == [0.3 * n / 3 for n in range(4)]
+        assert drop_path_rates(0.3, 1) == [0.0]
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_drop_path_rates_need_no_tensors():
+    """Where tensors have no numbers, as in torch.compile's own traces, there are rates all the same."""
+    with FakeTensorMode():
+        assert drop_path_rates(0.5, 3) == [0.0, 0.25, 0.5]
 
 
 def test_drop_path_drops_samples_and_keeps_the_mean():

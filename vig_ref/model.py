@@ -359,7 +359,7 @@ class Block(nn.Module):
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
     """From 0 in the first block to `last` in the last one."""
-    return torch.linspace(0, last, depth, device="cpu").tolist()
+    return [last * n / max(depth - 1, 1) for n in range(depth)]
 
 
 class ViG(Backbone):
