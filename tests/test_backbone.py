@@ -11,7 +11,7 @@ from torch import nn
 
 import test_hierarchical
 import test_model
-from vig_ref.model import create_model
+from vig_ref.model import Block, create_model
 
 FAMILIES = {"plain": test_model.tiny, "hierarchical": test_hierarchical.tiny}
 
@@ -212,14 +212,47 @@ def test_onnx_round_trip(shallow, tmp_path):
     torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["vig_tiny", "vig_h_tiny"])
-def test_the_group_matcher_knows_every_parameter_outside_the_head(name):
+@pytest.mark.parametrize(
+    ("name", "coarse", "count"),
+    [("vig_tiny", False, 12), ("vig_tiny", True, 12), ("vig_h_tiny", False, 2 + 2 + 5 + 2), ("vig_h_tiny", True, 4)],
+)
+def test_the_group_matcher_knows_every_parameter_outside_the_head(name, coarse, count):
+    """As timm does, by the first pattern that matches: what its groups capture, then what the pattern adds."""
     with torch.device("meta"):
         model = create_model(name)
-    groups = model.group_matcher()
-    patterns = [groups["stem"], *(pattern for pattern, _ in groups["blocks"])]
-    unmatched = [n for n, _ in model.named_parameters() if not any(re.match(p, n) for p in patterns)]
-    assert unmatched == ["head.weight", "head.bias"]
+    groups, depths = model.group_matcher(coarse), {}
+    for name, _ in model.named_parameters():
+        found = [(re.match(pattern, name), more) for pattern, more in [(groups["stem"], None), *groups["blocks"]]]
+        depths[name] = next(((*map(int, match.groups()), *(more or ())) for match, more in found if match), None)
+    assert [name for name, depth in depths.items() if depth is None] == ["head.weight", "head.bias"]
+    assert depths.pop("norm.weight") == (99999,)
+    within = {name: depth for name, depth in depths.items() if depth and name != "norm.bias"}
+    assert len(set(within.values())) == count
+    assert list(within.values()) == sorted(within.values())
+    assert {name for name, depth in depths.items() if depth == ()} == {
+        name for name in depths if name.startswith(("pos_embed", "patch_embed"))
+    }
+
+
+def wrapped(block, how):
+    if how == "torch.compile":
+        return torch.compile(block, backend="eager")
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return checkpoint_wrapper(block)
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "checkpoint_wrapper"])
+def test_a_wrapped_block_is_one_block(model, how):
+    """Its wrapper answers for the block's attributes, and is none."""
+    blocks = model.all_blocks()
+    row = model.get_submodule("blocks" if isinstance(model.levels[-1], Block) else "stages.1.blocks")
+    row[-1] = wrapped(row[-1], how)
+    assert [id(block) for block in model.all_blocks()] == [id(block) for block in blocks]
+    model.backend = "naive"
+    model.set_grad_checkpointing()
+    assert blocks[-1].mixer.backend == "naive"
+    assert blocks[-1].grad_checkpointing
 
 
 def test_the_example_in_the_documentation():

@@ -136,7 +136,7 @@ def test_timms_optimizer_takes_the_groups(model):
 
     optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
     rates = {g["lr_scale"] for g in optimizer.param_groups}
-    assert len(rates) == len(model.levels) + 2  # the stem, each level, and norm and head
+    assert len(rates) == len(model.all_blocks()) + 2  # the stem, each block (the last one with the norm), and the head
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     for name, p in model.named_parameters():
         assert (id(p) in decayed) == (p.dim() > 1 and name != "pos_embed"), name

@@ -152,7 +152,8 @@ class Backbone(nn.Module):
 
     def all_blocks(self) -> list[Any]:
         """The blocks from the image to the head, whatever stage they are in."""
-        return [module for module in self.modules() if hasattr(module, "mixer")]
+        # Not hasattr: what wraps a block, as torch.compile(block) does, answers for its attributes too.
+        return [module for module in self.modules() if "mixer" in module._modules]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head, on the device and in the dtype of the model; 0 for none.
@@ -175,8 +176,8 @@ class Backbone(nn.Module):
     ) -> list[int]:
         """Remove the levels behind the last one asked for; returns `indices` as numbers from 0.
 
-        Where the last level left is narrower, as in a hierarchical ViG, `num_features` is its width, and the norm, if not
-        pruned too, a new one of that width, untrained; a head cannot stay.
+        Where the last level left is narrower, as in a hierarchical ViG, `num_features` is its width, and the norm, if
+        not pruned too, a new one of that width, untrained; a head cannot stay.
 
         Raises:
             ValueError: a level that is not there, or a head that would have to take other features.
@@ -214,7 +215,10 @@ class Backbone(nn.Module):
         return {name for name, _ in self.named_parameters() if name == "pos_embed"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that assign each parameter to a depth, for a learning rate that decays over depth."""
+        """Patterns that assign each parameter to a depth, for a learning rate that decays over depth.
+
+        A depth is a block, or in a hierarchical ViG, if `coarse`, a stage.
+        """
         level = self.feature_info[0]["module"].rpartition(".")[0]
         return {"stem": r"^pos_embed|^patch_embed", "blocks": [(rf"^{level}\.(\d+)", None), (r"^norm", (99999,))]}
 

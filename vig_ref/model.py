@@ -560,6 +560,13 @@ class HierarchicalViG(Backbone):
     def keep_levels(self, n: int) -> None:
         self.stages = nn.Sequential(*self.levels[:n])
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        groups = super().group_matcher()
+        if not coarse:  # a block a group; a downsampling belongs to the block behind it
+            finer = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+            groups["blocks"] = [*finer, *groups["blocks"][1:]]
+        return groups
+
 
 def create_model(
     name: str, *, backend: str = "auto", num_classes: int = 1000, img_size: int | tuple[int, int] = 224,
