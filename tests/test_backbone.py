@@ -148,6 +148,16 @@ def test_another_head(model):
     torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), tokens.mean(1), rtol=0, atol=0)
 
 
+def test_another_head_is_initialised_as_the_first_one(model):
+    torch.manual_seed(0)
+    first = type(model)(model.config, num_classes=4000).head
+    model.reset_classifier(4000)
+    for head in (first, model.head):
+        assert head.weight.std().item() == pytest.approx(0.02, rel=0.02)
+        assert head.weight.mean().item() == pytest.approx(0, abs=5 * 0.02 / head.weight.numel() ** 0.5)
+        assert not head.bias.any()
+
+
 @pytest.mark.parametrize("arguments", [(5, ""), (0, "max")])
 def test_poolings_that_are_not_there(model, arguments):
     with pytest.raises(ValueError, match="global_pool: expected 'avg', or '' with num_classes=0, got "):
