@@ -330,14 +330,20 @@ def test_22_tf32_only_when_asked_for(monkeypatch, setting):
 # --- dtypes ----------------------------------------------------------------------------------------------------------
 
 
+def two_scans(q, k, v, g_fwd, g_rev, *, backend):
+    """`gla` in both directions, with the arguments of `bidirectional_gla`."""
+    return gla(q, k, v, g_fwd, backend=backend) + gla(q, k, v, g_rev, reverse=True, backend=backend)
+
+
+@pytest.mark.parametrize("function", [bidirectional_gla, two_scans])
 @on_every_layer
-def test_23_autocast_changes_nothing(layer):
+def test_23_autocast_changes_nothing(layer, function):
     """Forward inside autocast and backward outside give the bits that there are without it."""
     x = on(layer, 1, 2, 18, 3, 4)
-    expected = evaluate(bidirectional_gla, x, backend=layer)
+    expected = evaluate(function, x, backend=layer)
     leaves = [t.requires_grad_() for t in x[:5]]
     with torch.autocast(device_of(layer), torch.bfloat16):
-        o = bidirectional_gla(*leaves, backend=layer)
+        o = function(*leaves, backend=layer)
     got = (o, *torch.autograd.grad(o, leaves, x.do))
     assert all(torch.equal(value, expected[name]) for name, value in zip(NAMES, got, strict=True))
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import test_hierarchical
 import test_model
-from vig_ref.model import create_model
+from vig_ref.model import Block, create_model
 
 FAMILIES = {"plain": test_model.tiny, "hierarchical": test_hierarchical.tiny}
 
@@ -41,7 +42,8 @@ def test_maps_are_what_the_levels_give(model):
 def test_which_maps(model):
     x = images(1, 3, 16, 16)
     first, last = model.forward_intermediates(x, intermediates_only=True)
-    for indices, expected in [([1, 0], [last, first]), ([-1], [last]), (1, [last]), (-2, [first]), (2, [first, last])]:
+    cases = [([1, 0], [last, first]), ([-1], [last]), (1, [last]), (-1, [last]), (-2, [first]), (2, [first, last])]
+    for indices, expected in cases:
         maps = model.forward_intermediates(x, indices=indices, intermediates_only=True)
         assert all(torch.equal(m, e) for m, e in zip(maps, expected, strict=True)), indices
 
@@ -70,10 +72,59 @@ def test_pruning_keeps_the_maps(model):
     torch.testing.assert_close(maps[0], expected[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("indices", [[2], [-3], 3, []])
+@pytest.mark.parametrize("prune_norm", [False, True])
+def test_a_pruned_model_is_a_model_of_what_is_left(model, prune_norm):
+    x, trained = images(2, 3, 16, 16), model.norm
+    width = model.feature_info[0]["num_chs"]
+    (left,) = model.forward_intermediates(x, [0], output_fmt="NLC", intermediates_only=True)
+    model.prune_intermediate_layers([0], prune_norm=prune_norm)
+    assert model.num_features == model.head_hidden_size == width
+    if prune_norm:
+        expected = left
+    elif isinstance(trained, nn.LayerNorm):  # a new one, of weights 1 and biases 0, for fewer channels
+        expected = F.layer_norm(left, (width,), eps=trained.eps)
+    else:
+        assert model.norm is trained
+        expected = trained(left)
+    torch.testing.assert_close(model.forward_features(x), expected)
+    torch.testing.assert_close(model(x), expected.mean(1))
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+def test_a_head_stays_where_it_fits():
+    model, x = test_model.tiny(), images(2, 3, 16, 16)
+    head = model.head
+    model.prune_intermediate_layers([0], prune_head=False)
+    assert model.head is head
+    assert model(x).shape == (2, 5)
+
+
+def test_a_head_that_would_not_fit_is_refused():
+    model = test_hierarchical.tiny()
+    message = "prune_head: expected True, as the head takes 16 features and 8 are left, got False; prune it, then"
+    with pytest.raises(ValueError, match=message):
+        model.prune_intermediate_layers([0], prune_head=False)
+    assert len(model.levels) == 2
+    assert model(images(2, 3, 16, 16)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("indices", [[2], [-3], []])
 def test_levels_that_are_not_there(model, indices):
-    with pytest.raises(ValueError, match="indices: expected levels from -2 to 1, got "):
+    with pytest.raises(ValueError, match="indices: expected levels from -2 to 1, got " + re.escape(f"{indices}")):
         model.forward_intermediates(images(1, 3, 16, 16), indices)
+
+
+@pytest.mark.parametrize("indices", [0, 3, -3, -4, 25])
+def test_numbers_of_levels_that_are_not_there(model, indices):
+    """The message has the number that came. (-3 was once taken for -1.)"""
+    message = f"indices: expected a number of last levels from 1 to 2, or a level from -2 to -1, got {indices}; for"
+    with pytest.raises(ValueError, match=message):
+        model.forward_intermediates(images(1, 3, 16, 16), indices)
+    with pytest.raises(ValueError, match=message):
+        model.prune_intermediate_layers(indices)
+    assert len(model.levels) == 2
 
 
 def test_unknown_format(model):
@@ -95,6 +146,16 @@ def test_another_head(model):
     model.reset_classifier(5)
     assert model(x).shape == (2, 5)
     torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), tokens.mean(1), rtol=0, atol=0)
+
+
+def test_another_head_is_initialised_as_the_first_one(model):
+    torch.manual_seed(0)
+    first = type(model)(model.config, num_classes=4000).head
+    model.reset_classifier(4000)
+    for head in (first, model.head):
+        assert head.weight.std().item() == pytest.approx(0.02, rel=0.02)
+        assert head.weight.mean().item() == pytest.approx(0, abs=5 * 0.02 / head.weight.numel() ** 0.5)
+        assert not head.bias.any()
 
 
 @pytest.mark.parametrize("arguments", [(5, ""), (0, "max")])
@@ -161,14 +222,47 @@ def test_onnx_round_trip(shallow, tmp_path):
     torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["vig_tiny", "vig_h_tiny"])
-def test_the_group_matcher_knows_every_parameter_outside_the_head(name):
+@pytest.mark.parametrize(
+    ("name", "coarse", "count"),
+    [("vig_tiny", False, 12), ("vig_tiny", True, 12), ("vig_h_tiny", False, 2 + 2 + 5 + 2), ("vig_h_tiny", True, 4)],
+)
+def test_the_group_matcher_knows_every_parameter_outside_the_head(name, coarse, count):
+    """As timm does, by the first pattern that matches: what its groups capture, then what the pattern adds."""
     with torch.device("meta"):
         model = create_model(name)
-    groups = model.group_matcher()
-    patterns = [groups["stem"], *(pattern for pattern, _ in groups["blocks"])]
-    unmatched = [n for n, _ in model.named_parameters() if not any(re.match(p, n) for p in patterns)]
-    assert unmatched == ["head.weight", "head.bias"]
+    groups, depths = model.group_matcher(coarse), {}
+    for name, _ in model.named_parameters():
+        found = [(re.match(pattern, name), more) for pattern, more in [(groups["stem"], None), *groups["blocks"]]]
+        depths[name] = next(((*map(int, match.groups()), *(more or ())) for match, more in found if match), None)
+    assert [name for name, depth in depths.items() if depth is None] == ["head.weight", "head.bias"]
+    assert depths.pop("norm.weight") == (99999,)
+    within = {name: depth for name, depth in depths.items() if depth and name != "norm.bias"}
+    assert len(set(within.values())) == count
+    assert list(within.values()) == sorted(within.values())
+    assert {name for name, depth in depths.items() if depth == ()} == {
+        name for name in depths if name.startswith(("pos_embed", "patch_embed"))
+    }
+
+
+def wrapped(block, how):
+    if how == "torch.compile":
+        return torch.compile(block, backend="eager")
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return checkpoint_wrapper(block)
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "checkpoint_wrapper"])
+def test_a_wrapped_block_is_one_block(model, how):
+    """Its wrapper answers for the block's attributes, and is none."""
+    blocks = model.all_blocks()
+    row = model.get_submodule("blocks" if isinstance(model.levels[-1], Block) else "stages.1.blocks")
+    row[-1] = wrapped(row[-1], how)
+    assert [id(block) for block in model.all_blocks()] == [id(block) for block in blocks]
+    model.backend = "naive"
+    model.set_grad_checkpointing()
+    assert blocks[-1].mixer.backend == "naive"
+    assert blocks[-1].grad_checkpointing
 
 
 def test_the_example_in_the_documentation():

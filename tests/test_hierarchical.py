@@ -75,6 +75,25 @@ def test_the_stem_and_the_downsampling_by_their_equations():
     torch.testing.assert_close(down(y), F.layer_norm(z, (16,), down.norm.weight, down.norm.bias, 1e-5))
 
 
+def test_the_stem_of_a_model_has_gelu():
+    """The plain ViG's has SiLU."""
+    stem, x = tiny().patch_embed, images(2, 3, 9, 14)
+    expected = PatchEmbed(8, 4, 3, F.gelu).double()
+    expected.load_state_dict(stem.state_dict())
+    torch.testing.assert_close(stem(x), expected(x), rtol=0, atol=0)
+
+
+def test_mixers_apply_no_silu():
+    """The local branch is linear in the tokens, and the weighed sum of both is odd in them: with a SiLU neither is."""
+    for block in tiny().all_blocks():
+        mixer = block.mixer
+        x, y = images(2, 2, 3, mixer.dim).split(1)
+        torch.testing.assert_close(mixer.local(2 * x - y), 2 * mixer.local(x) - mixer.local(y))
+        z, o, local = images(3, 6, mixer.dim).split(1)
+        o = mixer.split_heads(o)
+        torch.testing.assert_close(mixer.weigh(z, -o, -local), -mixer.weigh(z, o, local))
+
+
 def test_the_model_by_its_equations():
     model, x = tiny().eval(), images(2, 3, 16, 24)
 

@@ -9,7 +9,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vig_ref.model
-from vig_ref.model import PRESETS, DropPath, Mixer, PatchConv, PatchEmbed, RMSNorm, SwiGLU, ViG, ViGConfig, create_model
+from vig_ref.model import (
+    PRESETS,
+    DropPath,
+    Mixer,
+    PatchConv,
+    PatchEmbed,
+    RMSNorm,
+    SwiGLU,
+    ViG,
+    ViGConfig,
+    create_model,
+    drop_path_rates,
+)
 
 #: The fused layer computes in float64 on the CPU where its kernels are interpreted, that is, without a GPU; with one,
 #: tests/test_gpu.py runs it.
@@ -254,6 +266,55 @@ def test_drop_path_grows_linearly_over_the_blocks():
     with torch.device("meta"):
         model = create_model("vig_small")
     assert [block.drop_path.p for block in model.blocks] == pytest.approx([0.2 * n / 11 for n in range(12)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_drop_path_does_not_depend_on_the_default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert drop_path_rates(0.3, 4) == [0.3 * n / 3 for n in range(4)]
+        assert drop_path_rates(0.3, 1) == [0.0]
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_drop_path_rates_need_no_tensors():
+    """Where tensors have no numbers, as in torch.compile's own traces, there are rates all the same."""
+    with FakeTensorMode():
+        assert drop_path_rates(0.5, 3) == [0.0, 0.25, 0.5]
+
+
+class Times(torch.nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x
+
+
+def test_drop_path_acts_on_both_branches():
+    """And on nothing else: a factor in its place scales the mixer's branch, and then the MLP's."""
+    block, x = tiny().blocks[0], images(2, 4, 6, 16)
+    block.drop_path = Times(0.25)
+    y = x + 0.25 * block.mixer(block.norm1(x))
+    y = y + 0.25 * block.mlp(block.norm2(y))
+    torch.testing.assert_close(block(x), y)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_the_silus_of_a_mixer_are_there_or_not(silu):
+    """By the equations: one behind the depthwise convolution, another one before the output projection."""
+    mixer, x = tiny(dataclasses.replace(TINY, silu=silu)).blocks[0].mixer, images(2, 4, 6, 16)
+    activation = F.silu if silu else torch.nn.Identity()
+    local = F.conv2d(x.permute(0, 3, 1, 2), mixer.dwconv.weight, padding=1, groups=16).permute(0, 2, 3, 1)
+    local = activation(local).flatten(1, 2)
+    torch.testing.assert_close(mixer.local(x), local)
+    z, o = images(2, 24, 16), images(2, 24, 2, 8)
+    gate = torch.sigmoid(z)
+    y = gate * mixer.norm_o(o).flatten(2) + (1 - gate) * mixer.norm_local(local.unflatten(-1, (2, 8))).flatten(2)
+    torch.testing.assert_close(mixer.weigh(z, o, local), activation(y))
 
 
 def test_drop_path_drops_samples_and_keeps_the_mean():

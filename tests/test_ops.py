@@ -5,7 +5,9 @@ import re
 import pytest
 import torch
 
+from cases import LAYERS, device_of
 from vig_ref import BACKENDS, bidirectional_gla, gla, resolve_backend
+from vig_ref.tolerance import NAMES, draw, evaluate
 
 GOOD = dict(q=(2, 3, 5, 4), k=(2, 3, 5, 4), v=(2, 3, 5, 6), g_fwd=(2, 3, 5, 4), g_rev=(2, 3, 5, 4))
 
@@ -65,6 +67,16 @@ def test_scale_means_what_it_says(scale):
     tensors = {name: torch.ones(shape) for name, shape in GOOD.items() if name[0] != "g"}
     expected = call(scale=1.0, **tensors) * (4**-0.5 if scale is None else scale)
     torch.testing.assert_close(call(scale=scale, **tensors), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("gate_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_tokens_have_empty_gradients(layer, gate_dtype):
+    """All five, each in the shape and dtype of its input."""
+    x = draw(1, 2, 0, 3, 4, dtype=torch.float16, gate_dtype=gate_dtype, device=device_of(layer))
+    got = evaluate(bidirectional_gla, x, backend=layer)
+    expected = dict(zip(NAMES, (x.v, *x[:5]), strict=True))
+    assert {n: (t.shape, t.dtype) for n, t in got.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
 
 
 def test_chunk_size_of_zero():

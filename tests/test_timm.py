@@ -48,6 +48,20 @@ def test_unknown_options_are_refused():
         timm.create_model("vig_tiny_patch16_224", qkv_bias=True)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_what_timms_train_script_passes(name):
+    """Its defaults: None is dropped by timm, and 0.0 is not."""
+    options = {"drop_rate": 0.0, "drop_path_rate": None, "drop_block_rate": None, "global_pool": None}
+    with torch.device("meta"):
+        assert timm.create_model(name, **options).config == create_model(name.partition("_patch")[0]).config
+
+
+def test_other_dropout_is_refused():
+    message = "drop_rate: expected 0.0, got 0.1; ViG has drop path only: pass drop_path_rate"
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("vig_tiny_patch16_224", drop_rate=0.1)
+
+
 def test_there_are_no_weights_to_download():
     with pytest.raises(RuntimeError, match="No pretrained weights exist"):
         timm.create_model("vig_tiny_patch16_224", pretrained=True)
@@ -122,7 +136,7 @@ def test_timms_optimizer_takes_the_groups(model):
 
     optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
     rates = {g["lr_scale"] for g in optimizer.param_groups}
-    assert len(rates) == len(model.levels) + 2  # the stem, each level, and norm and head
+    assert len(rates) == len(model.all_blocks()) + 2  # the stem, each block (the last one with the norm), and the head
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     for name, p in model.named_parameters():
         assert (id(p) in decayed) == (p.dim() > 1 and name != "pos_embed"), name

@@ -9,6 +9,7 @@ from vig_ref.tolerance import (
     NAMES,
     REGIMES,
     RMS_LIMIT,
+    Inputs,
     bounds,
     draw,
     evaluate,
@@ -79,6 +80,34 @@ def test_swapped_gates_are_seen():
     x = draw(*SHAPE)
     got = evaluate(naive.bidirectional_gla, x._replace(g_fwd=x.g_rev, g_rev=x.g_fwd), scale=0.5)
     assert ratios(got, x)["o"] > 1e3
+
+
+def textbook_gate_gradients(x, scale):
+    """dg[t] as the sum of q dq - k dk over all tokens that a scan meets from t on, which it is in exact arithmetic."""
+    found = {}
+    for name, g, reverse in (("dg_fwd", x.g_fwd, False), ("dg_rev", x.g_rev, True)):
+        leaves = [t.detach().requires_grad_() for t in (x.q, x.k)]
+        o = naive.gla(*leaves, x.v, g, reverse=reverse, scale=scale / 2)
+        dq, dk = torch.autograd.grad(o, leaves, x.do)
+        terms = x.q * dq - x.k * dk
+        found[name] = terms.cumsum(2) if reverse else terms.flip(2).cumsum(2).flip(2)
+    return found
+
+
+def test_the_textbook_gate_gradient_exceeds_the_bound():
+    """Under strong gates it cancels what a chunk never adds up. With the gauge of the whole sequence it would pass."""
+    x = draw(1, 2, 160, 6, 5, regime="strong")
+    x64 = Inputs(*(t.double() for t in x))
+    exact = reference(x, scale=0.5)
+    for name, value in textbook_gate_gradients(x64, 0.5).items():
+        torch.testing.assert_close(value, exact[name], rtol=0, atol=1e-12)
+    got = evaluate(naive.bidirectional_gla, x, scale=0.5)
+    assert max(ratios(got, x).values()) <= 1
+    wrong = got | textbook_gate_gradients(x, 0.5)
+    by_chunk, by_sequence = ratios(wrong, x), worst_ratios(wrong, x, scale=0.5, chunk=160)
+    for name in ("dg_fwd", "dg_rev"):
+        assert by_chunk[name] > 5
+        assert by_sequence[name] < 0.1
 
 
 @pytest.mark.parametrize("regime", REGIMES)

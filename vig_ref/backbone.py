@@ -80,7 +80,7 @@ class Backbone(nn.Module):
 
         Args:
             x: images.
-            indices: the levels, negative from the end; a number n for the last n; None for all.
+            indices: the levels, negative from the end; a number n for the last n, or -n for that one; None for all.
             norm: put the final norm on each map of its width: every one of a plain ViG, the last stage of the other.
             stop_early: skip what lies behind the last level asked for; the features then end there, without norm.
             output_fmt: "NCHW", or "NLC" for tokens `[B, T, D]`.
@@ -119,7 +119,12 @@ class Backbone(nn.Module):
         if indices is None:
             return list(range(n))
         if isinstance(indices, int):
-            indices = range(n - indices, n) if 0 < indices <= n else [indices + n]
+            if not indices or not -n <= indices <= n:
+                raise ValueError(
+                    f"indices: expected a number of last levels from 1 to {n}, or a level from -{n} to -1, got "
+                    f"{indices}; for levels counted from the image, pass a list"
+                )
+            indices = range(n - indices, n) if indices > 0 else [indices]
         if not indices or not all(-n <= i < n for i in indices):
             raise ValueError(f"indices: expected levels from {-n} to {n - 1}, got {list(indices)}")
         return [i % n for i in indices]
@@ -147,7 +152,8 @@ class Backbone(nn.Module):
 
     def all_blocks(self) -> list[Any]:
         """The blocks from the image to the head, whatever stage they are in."""
-        return [module for module in self.modules() if hasattr(module, "mixer")]
+        # Not hasattr: what wraps a block, as torch.compile(block) does, answers for its attributes too.
+        return [module for module in self.modules() if "mixer" in module._modules]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head, on the device and in the dtype of the model; 0 for none.
@@ -168,8 +174,23 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the levels behind the last one asked for; returns `indices` as numbers from 0."""
+        """Remove the levels behind the last one asked for; returns `indices` as numbers from 0.
+
+        Where the last level left is narrower, as in a hierarchical ViG, `num_features` is its width, and the norm, if
+        not pruned too, a new one of that width, untrained; a head cannot stay.
+
+        Raises:
+            ValueError: a level that is not there, or a head that would have to take other features.
+        """
         taken = self.level_indices(indices)
+        width = self.feature_info[max(taken)]["num_chs"]
+        if width != self.num_features:
+            if not prune_head and not isinstance(self.head, nn.Identity):
+                raise ValueError(
+                    f"prune_head: expected True, as the head takes {self.num_features} features and {width} are left, "
+                    f"got False; prune it, then reset_classifier makes a new one"
+                )
+            self.num_features, self.norm = width, type(self.norm)(width).to(next(self.parameters()))
         self.keep_levels(max(taken) + 1)
         if prune_norm:
             self.norm = nn.Identity()
@@ -194,7 +215,10 @@ class Backbone(nn.Module):
         return {name for name, _ in self.named_parameters() if name == "pos_embed"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that assign each parameter to a depth, for a learning rate that decays over depth."""
+        """Patterns that assign each parameter to a depth, for a learning rate that decays over depth.
+
+        A depth is a block, or in a hierarchical ViG, if `coarse`, a stage.
+        """
         level = self.feature_info[0]["module"].rpartition(".")[0]
         return {"stem": r"^pos_embed|^patch_embed", "blocks": [(rf"^{level}\.(\d+)", None), (r"^norm", (99999,))]}
 

@@ -359,7 +359,7 @@ class Block(nn.Module):
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
     """From 0 in the first block to `last` in the last one."""
-    return torch.linspace(0, last, depth, device="cpu").tolist()
+    return [last * n / max(depth - 1, 1) for n in range(depth)]
 
 
 class ViG(Backbone):
@@ -559,6 +559,13 @@ class HierarchicalViG(Backbone):
 
     def keep_levels(self, n: int) -> None:
         self.stages = nn.Sequential(*self.levels[:n])
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        groups = super().group_matcher()
+        if not coarse:  # a block a group; a downsampling belongs to the block behind it
+            finer = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+            groups["blocks"] = [*finer, *groups["blocks"][1:]]
+        return groups
 
 
 def create_model(

@@ -36,9 +36,14 @@ def create(variant: str, pretrained: bool, **options: Any) -> ViG | Hierarchical
 
 
 def with_timm_names(
-    name: str, *, drop_path_rate: float | None = None, global_pool: str = "avg", **options: Any
+    name: str, *, drop_path_rate: float | None = None, drop_rate: float = 0.0, global_pool: str = "avg", **options: Any
 ) -> ViG | HierarchicalViG:
-    """`create_model` with two arguments as timm calls them; what neither knows is an error."""
+    """`create_model` with arguments as timm calls them; what neither knows is an error.
+
+    `drop_rate` is there because timm's train.py passes it to every model; ViG has none, so only 0 is taken.
+    """
+    if drop_rate:
+        raise ValueError(f"drop_rate: expected 0.0, got {drop_rate}; ViG has drop path only: pass drop_path_rate")
     model = create_model(name, drop_path=drop_path_rate, **options)
     if global_pool != "avg":
         model.reset_classifier(model.num_classes, global_pool)

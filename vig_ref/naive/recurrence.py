@@ -19,8 +19,10 @@ def gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, reverse: bool, scale: flo
     """Eq. 5: one scan over the tokens, from the last to the first if `reverse`. See `vig_ref.gla`."""
     B, H, T, K = q.shape
     alpha = torch.exp(g)
+    if T == 0:  # nothing to compute, but a gradient for every input
+        return (q * k * alpha).sum(3, keepdim=True).to(v.dtype) * v
     S = alpha.new_zeros(B, H, K, v.shape[3])
-    o = [v[:, :, :0]] * (T + 1)  # the extra, empty piece keeps the result connected to v when T is 0
+    o = [v] * T
     for t in reversed(range(T)) if reverse else range(T):
         S = alpha[:, :, t, :, None] * S + k[:, :, t, :, None] * v[:, :, t, None, :]  # S_t = G_t * S_t-1 + k_t^T v_t
         o[t] = (q[:, :, t, None, :] @ S.to(q.dtype))  # o_t = q_t S_t   [B, H, 1, V]
