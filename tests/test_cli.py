@@ -1,5 +1,6 @@
 """The command line: what it lists, what it refuses, and what it says when something is not installed."""
 
+import importlib
 import subprocess
 import sys
 
@@ -97,3 +98,52 @@ def test_importing_the_package_imports_no_optional_module():
     optional = ["triton", "sklearn", "matplotlib"]  # torch itself imports tqdm where it is installed
     done = python(f"import vig_ref; print([m for m in {optional} if m in sys.modules])")
     assert done.stdout == "[]\n", done.stderr
+
+
+#: Commands, and the work that each must not begin.
+WORK = {
+    "demo": "demo.agreement.compare_all", "init": "initialisation.measure", "see attention": "see.photograph",
+    "see erf": "see.photograph", "verify": "verify.verify", "tables": "tables.measure", "bench ops": "bench.bench",
+    "bench limits": "bench_limits.measured", "bench models": "bench_models.import_timm",
+}  # fmt: skip
+RECORDING = ["verify", "bench ops", "bench limits", "bench models"]
+
+
+def refused(command, arguments, monkeypatch):
+    """What a command says when it ends without having begun its work."""
+    module, *rest = WORK[command].split(".")
+    owner = importlib.import_module(f"vig_ref.{module}")
+    for name in rest[:-1]:
+        owner = getattr(owner, name)
+    monkeypatch.setattr(owner, rest[-1], None)
+    monkeypatch.setattr("vig_ref.bench.why_not", lambda *_: None)  # else `bench limits` refuses a CPU first
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command.split(), *arguments])
+    return str(stop.value)
+
+
+@pytest.mark.parametrize("command", WORK)
+def test_a_file_in_the_place_of_the_folder_is_refused_before_the_work(command, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    name = command if command.startswith("bench") else command.split()[0]
+    for out, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "below", "Not a directory")):
+        expected = f"--out: expected a folder that can be written to, got {out} ({reason}); give another path"
+        assert refused(command, ["--out", str(out)], monkeypatch) == f"vig-ref {name}: {expected}"
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("command", RECORDING)
+def test_a_record_that_cannot_be_written_is_refused_before_the_work(command, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    file = tmp_path / "file"
+    says = refused(command, ["--out", str(tmp_path / "out"), "--record", str(file / "record.json")], monkeypatch)
+    expected = f"--record: expected a folder that can be written to, got {file} (File exists); give another path"
+    assert says == f"vig-ref {command}: {expected}"
+    says = refused(command, ["--out", str(tmp_path / "out"), "--record", str(tmp_path)], monkeypatch)
+    expected = f"--record: expected a file, got the folder {tmp_path}; give the name of a file"
+    assert says == f"vig-ref {command}: {expected}"
+
+
+def test_a_folder_that_nobody_can_write_to_is_refused(monkeypatch):
+    says = refused("demo", ["--out", "/proc"], monkeypatch)
+    assert says.startswith("vig-ref demo: --out: expected a folder that can be written to, got /proc (")

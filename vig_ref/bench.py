@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from vig_ref import agreement, bench_models, bench_report, machine, tolerance, traffic
 from vig_ref.bench_report import IMPLS, PEER_PACKAGES, Report, Row, quartiles
-from vig_ref.cli import sizes
+from vig_ref.cli import make_folders, sizes
 from vig_ref.tolerance import REGIMES, Inputs
 from vig_ref.traffic import PASSES
 from vig_ref.verify import write_json
@@ -334,6 +334,7 @@ def run(options: argparse.Namespace) -> int:
         print(bench_report.markdown(json.loads(options.report.read_text()), options.report.with_suffix(".png")))
         return 0
     machine.prepare("vig-ref bench", options.device)
+    make_folders("vig-ref bench ops", options.out, options.record)
     if options.device == "cpu":
         print("On a CPU: small shapes, naive and chunked. This says nothing about a GPU.\n")
     found = bench(options)

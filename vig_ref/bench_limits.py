@@ -22,6 +22,7 @@ from tqdm import tqdm
 from vig_ref import bench, bench_report, machine
 from vig_ref.bench import Shape
 from vig_ref.bench_report import Report, Row, quartiles
+from vig_ref.cli import make_folders
 from vig_ref.tolerance import Inputs
 from vig_ref.traffic import PASSES
 from vig_ref.verify import write_json
@@ -71,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
     if reason := bench.why_not("fused", shapes[0], options.device):
         advice = "; this needs an NVIDIA GPU" if options.device == "cpu" else ""
         raise SystemExit(f"vig-ref bench limits: {reason}{advice}")
+    make_folders("vig-ref bench limits", options.out, options.record)
     found: Report = {**machine.circumstances(bench.command(options), options.device), "rows": []}
     for shape in tqdm(shapes, desc="timing", unit="shape", disable=None):
         found["rows"] += measured(shape, options.device)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from vig_ref import bench_report, machine
 from vig_ref.bench_report import Report, Row
-from vig_ref.cli import sizes
+from vig_ref.cli import make_folders, sizes
 from vig_ref.machine import import_timm
 from vig_ref.model import ViG, create_model, wake
 from vig_ref.verify import write_json
@@ -138,6 +138,7 @@ def run(options: argparse.Namespace) -> int:
         print(markdown(json.loads(options.report.read_text())))
         return 0
     machine.prepare("vig-ref bench", options.device)
+    make_folders("vig-ref bench models", options.out, options.record)
     if options.device == "cpu":
         print("On a CPU: small images, no compiler. This says nothing about a GPU.\n")
     found: Report = {**machine.circumstances(command(options), options.device, ("timm",)), "left_out": [], "rows": []}

@@ -6,6 +6,8 @@ It is imported when it is called, so that no command needs what another one need
 
 import argparse
 import importlib
+import tempfile
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -43,6 +45,20 @@ def sizes(text: str, count: int, expected: str) -> list[int]:
     if len(found) != count or min(found) < 1:
         raise argparse.ArgumentTypeError(f"expected {expected}; got {text!r}")
     return found
+
+
+def make_folders(command: str, out: Path, record: Path | None = None) -> None:
+    """Make the folders of `--out` and of `--record`, before any work is done; refuse what cannot be written to."""
+    for option, folder in [("--out", out), *([("--record", record.parent)] if record else [])]:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            expected = f"{option}: expected a folder that can be written to, got {folder} ({error.strerror})"
+            raise SystemExit(f"{command}: {expected}; give another path") from error
+    if record and record.is_dir():
+        raise SystemExit(f"{command}: --record: expected a file, got the folder {record}; give the name of a file")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vig_ref import agreement, tolerance
+from vig_ref.cli import make_folders
 from vig_ref.machine import circumstances, prepare
 from vig_ref.model import Mixer, ViG, ViGConfig, wake
 from vig_ref.ops import resolve_backend
@@ -272,6 +273,7 @@ def run(options: argparse.Namespace) -> int:
     prepare("vig-ref demo", device)
     if device == "cuda" and agreement.fused_mode(device) == agreement.INTERPRETER:
         raise SystemExit("vig-ref demo: --device cuda compiles the kernels; unset TRITON_INTERPRET")
+    make_folders("vig-ref demo", out)
     agreed = agreement.compare_all(device)
     print(agreement.table(agreed), end="\n\n", flush=True)
 
@@ -283,7 +285,6 @@ def run(options: argparse.Namespace) -> int:
     learner = Learner(data, backend=backend, steps=options.epochs * (len(data.x) // BATCH))
     history = train(learner, options.epochs)
 
-    out.mkdir(parents=True, exist_ok=True)
     draw_curve(history, out / "training.png")
     draw_answers(data, learner.answers(), out / "digits.png")
     command = f"vig-ref demo --device {device} --out {out} --epochs {options.epochs}"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vig_ref import demo
+from vig_ref.cli import make_folders
 from vig_ref.model import HierarchicalViG, Mixer, ViG, create_model, wake
 
 
@@ -139,9 +140,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
+    make_folders("vig-ref init", options.out)
     data = measure(options.seeds, options.epochs)
     page = markdown(data)
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "initialisation.json").write_text(json.dumps(data, indent=1) + "\n")
     (options.out / "initialisation.md").write_text(page)
     print(page)

@@ -28,6 +28,7 @@ from matplotlib.patches import Rectangle
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
+from vig_ref.cli import make_folders
 from vig_ref.demo import SEED, new_figure
 from vig_ref.machine import import_timm
 from vig_ref.model import PRESETS, HierarchicalViG, Mixer, ViG, create_model, wake
@@ -241,7 +242,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folders("vig-ref see", options.out)
     image = photograph(options.image, options.size)
     given = [f"--{name}" for name in ATTENTION if getattr(options, name) is not None]
     for name, default in ATTENTION.items():
