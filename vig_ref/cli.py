@@ -39,6 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     return module.run(parser.parse_args(options.arguments))
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, as the value of an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def sizes(text: str, count: int, expected: str) -> list[int]:
     """So many positive integers with commas between them, as the value of an option."""
     found = [int(n) if n.isdecimal() else 0 for n in text.split(",")]

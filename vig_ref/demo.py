@@ -6,9 +6,11 @@ Everything is seeded: the same machine and versions give the same result.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +21,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from vig_ref import agreement, tolerance
-from vig_ref.cli import make_folders
+from vig_ref.cli import make_folders, positive
 from vig_ref.machine import circumstances, prepare
 from vig_ref.model import Mixer, ViG, ViGConfig, wake
 from vig_ref.ops import resolve_backend
@@ -87,6 +89,18 @@ def build(backend: str) -> ViG:
 
 def mixers(model: ViG) -> list[Mixer]:
     return [module for module in model.modules() if isinstance(module, Mixer)]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, in which no path is dropped; afterwards every module is in the mode in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class Learner:
@@ -257,13 +271,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda runs the fused layer compiled")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for what is written (out/demo)")
     parser.add_argument("--epochs", type=positive, default=EPOCHS, help=f"under {EPOCHS}, no accuracy is required")
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:
