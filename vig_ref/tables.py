@@ -182,7 +182,7 @@ def markdown(data: dict[str, Any]) -> str:
         "## Other models (Table 1)",
     ]  # fmt: skip
     if isinstance(data["table_1"], str):
-        parts.append(f"Not counted: timm cannot be imported ({data['table_1']}). `pip install 'vig_ref[timm]'`.")
+        parts.append(f"Not counted: timm cannot be imported ({data['table_1']}).")
     else:
         other = {row["model"]: row["macs"] for row in data["table_1"]}
         share = plain["vig_small"] / other["deit_base_patch16_224"]
