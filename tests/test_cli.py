@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,9 @@ def test_help_of_a_command(capsys):
     (["paint"], "invalid choice: 'paint' (choose from "),
     (["demo", "--device", "abacus"], "argument --device: invalid choice: 'abacus'"),
     (["demo", "--epochs", "0"], "argument --epochs: expected a whole number of at least 1, got '0'"),
+    (["init", "--epochs", "0"], "argument --epochs: expected a whole number of at least 1, got '0'"),
+    (["init", "--seeds", "0"], "argument --seeds: expected a whole number of at least 1, got '0'"),
+    (["init", "--seeds", "-1"], "argument --seeds: expected a whole number of at least 1, got '-1'"),
 ])  # fmt: skip
 def test_refusals(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -147,3 +151,35 @@ def test_a_record_that_cannot_be_written_is_refused_before_the_work(command, mon
 def test_a_folder_that_nobody_can_write_to_is_refused(monkeypatch):
     says = refused("demo", ["--out", "/proc"], monkeypatch)
     assert says.startswith("vig-ref demo: --out: expected a folder that can be written to, got /proc (")
+
+
+@pytest.mark.parametrize("command", RECORDING)
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot be read (No such file or directory)"), ("no JSON", "is no JSON"),
+        ("[1]", "is of the command None"), ('{"command": "vig-ref benches"}', "is of the command 'vig-ref benches'"),
+        ('{"command": "COMMAND --device cpu"}', "has no KEY"),
+    ],
+)  # fmt: skip
+def test_a_report_of_something_else_is_refused(command, content, reason, tmp_path):
+    path = tmp_path / "record.json"
+    if content:
+        path.write_text(content.replace("COMMAND", f"vig-ref {command}"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command.split(), "--report", str(path)])
+    reason = reason.replace("KEY", "'errors'" if command == "verify" else "'rows'")
+    expected = f"--report: expected a file that vig-ref {command} --record FILE wrote"
+    assert str(stop.value) == f"vig-ref {command}: {expected}, got {path}, which {reason}; give such a file"
+
+
+@pytest.mark.parametrize("one", RECORDING)
+def test_a_record_is_printed_by_its_own_command_alone(one, capsys):
+    names = ("errors-cpu", "h200-ops", "h200-limits", "h200-models")
+    for other, name in zip(RECORDING, names, strict=True):
+        report = [*one.split(), "--report", str(Path(__file__).parents[1] / "docs" / "results" / f"{name}.json")]
+        if other == one:
+            assert cli.main(report) == 0
+        else:
+            with pytest.raises(SystemExit, match=f"which is of the command 'vig-ref {other} "):
+                cli.main(report)

@@ -1,13 +1,14 @@
 """Two ways to begin: one with the global branch off, one with it on, and the command that compares them."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from vig_ref import cli
+from vig_ref import cli, demo
 from vig_ref.initialisation import life
-from vig_ref.model import create_model, wake
+from vig_ref.model import ViG, create_model, wake
 from vig_ref.roadmap import create_row
 
 
@@ -29,6 +30,18 @@ def test_life_is_the_mean_square_beside_eps():
     model.blocks[0].mixer.norm_o.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     ratio = life(model, x)[0]
     assert ratio == pytest.approx(seen[0].double().square().mean().item() / 1e-6)
+
+
+def test_life_is_that_of_eval_mode_and_leaves_the_model_as_it_was():
+    """In training mode, drop path would let few of these blocks through."""
+    torch.manual_seed(0)
+    model = ViG(dataclasses.replace(demo.CONFIG, depth=4, drop_path=0.9), num_classes=10, img_size=8, in_chans=1)
+    wake(model)
+    model.blocks[0].eval()
+    modes, x = [module.training for module in model.modules()], torch.randn(2, 1, 8, 8)
+    ratios = life(model, x)
+    assert [module.training for module in model.modules()] == modes
+    assert ratios == life(model.eval(), x)
 
 
 def test_what_wake_changes():

@@ -6,10 +6,11 @@ It is imported when it is called, so that no command needs what another one need
 
 import argparse
 import importlib
+import json
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Command(NamedTuple):
@@ -66,6 +67,24 @@ def make_folders(command: str, out: Path, record: Path | None = None) -> None:
             raise SystemExit(f"{command}: {expected}; give another path") from error
     if record and record.is_dir():
         raise SystemExit(f"{command}: --record: expected a file, got the folder {record}; give the name of a file")
+
+
+def read_record(command: str, path: Path, key: str) -> dict[str, Any]:
+    """What `--record` of the same command wrote, for its `--report`; it has this key."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    except ValueError:
+        reason = "is no JSON"
+    else:
+        of = found.get("command") if isinstance(found, dict) else None
+        ours = f"{of} ".startswith(f"{command} ")
+        if ours and key in found:
+            return found
+        reason = f"has no {key!r}" if ours else f"is of the command {of!r}"
+    expected = f"expected a file that {command} --record FILE wrote"
+    raise SystemExit(f"{command}: --report: {expected}, got {path}, which {reason}; give such a file")
 
 
 def _parser() -> argparse.ArgumentParser:
