@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,23 @@ def python(*arguments, block=()):
     return subprocess.run([sys.executable, *arguments[:-1], "-c", program], capture_output=True, text=True, check=False)
 
 
-def test_help_lists_the_commands(capsys):
+@pytest.mark.parametrize("arguments", [["--help"], []])
+def test_help_lists_the_commands(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["--help"])
+        cli.main(arguments)
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for name, command in cli.COMMANDS.items():
         assert f"  {name} " in text
         assert command.help in text
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert capsys.readouterr().out == f"vig-ref {project['version']}\n"
 
 
 def test_help_of_a_command(capsys):
@@ -37,7 +47,6 @@ def test_help_of_a_command(capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([], "the following arguments are required: COMMAND"),
     (["paint"], "invalid choice: 'paint' (choose from "),
     (["demo", "--device", "abacus"], "argument --device: invalid choice: 'abacus'"),
     (["demo", "--epochs", "0"], "argument --epochs: expected a whole number of at least 1, got '0'"),
@@ -53,9 +62,11 @@ def test_refusals(arguments, message, capsys):
 
 
 def test_python_m_vig_ref_is_the_same_command():
-    done = subprocess.run([sys.executable, "-m", "vig_ref", "--help"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    assert done.stdout.startswith("usage: vig-ref ")
+    for arguments in (["--help"], []):
+        command = [sys.executable, "-m", "vig_ref", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0
+        assert done.stdout.startswith("usage: vig-ref ")
 
 
 @pytest.mark.parametrize("module", ["sklearn", "matplotlib", "tqdm"])

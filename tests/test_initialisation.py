@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from vig_ref import cli, demo
+from vig_ref import cli, demo, initialisation
 from vig_ref.initialisation import life
 from vig_ref.model import ViG, create_model, wake
 from vig_ref.roadmap import create_row
@@ -76,6 +76,30 @@ def test_gradients_reach_what_lies_before_the_operator():
         mixer = model.blocks[6].mixer
         shares.append((mixer.qkv_proj.weight.grad.norm() / mixer.norm_local.weight.grad.norm()).item())
     assert shares[0] < 1e-2 * shares[1]
+
+
+def test_a_seed_is_of_the_weights_and_of_the_batches(monkeypatch):
+    starts = []
+
+    def look(learner, epochs):
+        starts.append((learner.model.head.weight.detach().clone(), torch.stack(learner.batches())))
+        return []
+
+    monkeypatch.setattr(demo, "train", look)
+    for seed in (0, 1, 0):
+        assert initialisation.train(demo.load("cpu"), wake, seed, 1)["seed"] == seed
+    for zero, one, again in zip(*starts, strict=True):
+        assert torch.equal(zero, again)
+        assert not torch.equal(zero, one)
+
+
+def test_the_command_has_a_run_for_each_seed(monkeypatch):
+    monkeypatch.setattr(initialisation, "at_the_start", lambda *_: {})
+    monkeypatch.setattr(initialisation, "train", lambda data, start, seed, epochs: (start, seed, epochs))
+    digits = initialisation.measure(3, 2)["digits"]
+    assert digits == {
+        which: [(start, seed, 2) for seed in range(3)] for which, start in initialisation.INITIALISATIONS.items()
+    }
 
 
 def test_the_command(tmp_path):

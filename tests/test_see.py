@@ -13,6 +13,7 @@ import fitting_torchvision  # noqa: F401
 import test_hierarchical
 import test_model
 from vig_ref import cli, gla, see
+from vig_ref.demo import new_figure
 from vig_ref.machine import import_timm
 from vig_ref.model import HierarchicalViG, ViG, create_model, wake
 from vig_ref.released import released_names
@@ -197,6 +198,32 @@ def test_weights_that_are_not_there_or_none_are_refused(tmp_path):
         assert text.endswith("); give its file")
 
 
+def test_what_is_drawn_of_each_token(tmp_path, monkeypatch):
+    """The frame is around the token, and its three maps lie over the whole picture, in colours of one scale."""
+    figures = []
+    monkeypatch.setattr(see, "new_figure", lambda *size: figures.append(new_figure(*size)) or figures[-1])
+    fwd, rev = torch.randn(2, 2, 3, 12, 12)  # two images, three heads, a grid of 3x4
+    maps = see.Maps(fwd, rev, torch.empty(0), torch.empty(0), (3, 4))
+    image, tokens, head = np.random.default_rng(0).random((24, 32, 3)), [(0, 1), (2, 3)], 1
+    see.draw_attention(image, maps, tokens, head, "title", tmp_path / "maps.png")
+    for (row, column), axes in zip(tokens, np.reshape(figures[0].axes[:8], (2, 4)), strict=True):
+        t = 4 * row + column
+        drawn = [fwd[0, head, t], rev[0, head, t], fwd[0, head, t] + rev[0, head, t]]
+        assert np.array_equal(axes[0].images[0].get_array(), image)
+        for ax, weights in zip(axes[1:], drawn, strict=True):
+            grey, colours = ax.images
+            np.testing.assert_array_equal(grey.get_array(), image.mean(-1))
+            np.testing.assert_array_equal(colours.get_array(), weights.reshape(3, 4).numpy())
+            assert colours.get_extent() == [-0.5, 31.5, 23.5, -0.5]
+            assert colours.norm is axes[1].images[1].norm
+        for ax in axes:
+            for frame in ax.patches:
+                assert frame.get_bbox().bounds == (8 * column - 0.5, 8 * row - 0.5, 8, 8)
+            assert len(ax.patches) == 2
+        assert axes[0].get_ylabel() == f"token ({row}, {column})"
+    assert [ax.get_title() for ax in figures[0].axes[:4]] == ["photograph", "forward", "reverse", "merged"]
+
+
 def test_attention_command(tmp_path):
     arguments = ["--size", "64", "--block", "0", "--token", "1", "2", "--token", "3", "0", "--out", str(tmp_path)]
     assert cli.main(["see", "attention", *arguments]) == 0
@@ -247,6 +274,14 @@ def test_a_field_is_the_same_with_and_without_timm():
     found, alone = see.fields(32, x, timm), see.fields(32, x, None)
     assert list(found) == [*see.PEERS, *alone]
     assert all(torch.equal(found[name], field) for name, field in alone.items())
+
+
+def test_erf_sees_the_photograph_in_all_four_rotations(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(see, "fields", lambda n, images, timm: seen.append(images) or {"ViG": torch.rand(n, n)})
+    assert cli.main(["see", "erf", "--size", "32", "--out", str(tmp_path)]) == 0
+    upright = see.normalised(see.photograph(None, 32))[0]
+    assert torch.equal(seen[0], torch.stack([upright.rot90(n, (1, 2)) for n in range(4)]))
 
 
 def test_erf_command_without_timm(tmp_path, monkeypatch, capsys):

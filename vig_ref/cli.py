@@ -7,10 +7,13 @@ It is imported when it is called, so that no command needs what another one need
 import argparse
 import importlib
 import json
+import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+
+from vig_ref import __version__
 
 
 class Command(NamedTuple):
@@ -32,8 +35,8 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code, 0 if all is well."""
-    options = _parser().parse_args(argv)
+    """Run one command; returns its exit code, 0 if all is well. Without arguments it prints the help."""
+    options = _parser().parse_args((sys.argv[1:] if argv is None else argv) or ["--help"])
     module = _load(options.command)
     parser = argparse.ArgumentParser(prog=f"vig-ref {options.command}", description=COMMANDS[options.command].help)
     module.add_arguments(parser)
@@ -93,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="vig-ref", description="ViG in three layers that agree.", epilog=f"commands:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"vig-ref {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="see vig-ref COMMAND --help")
     return parser
