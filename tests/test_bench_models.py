@@ -93,7 +93,7 @@ def test_no_speed_of_a_wrong_model(mistake, tmp_path, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert "FAILED: eager ViG-T at 64 pixels: an error of " in captured.err
     assert "images a second" not in captured.out
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -183,16 +183,26 @@ def test_a_case_that_is_none_is_refused(text, capsys):
     assert f"expected PIXELS,BATCH, such as 224,256; got {text!r}" in capsys.readouterr().err
 
 
+def test_an_image_that_patches_do_not_fill_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        models("--images", "33,1")
+    assert stop.value.code == 2
+    expected = "expected PIXELS that are a multiple of the patch size 16, such as 224,256; got '33,1'"
+    assert f"argument --images: {expected}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("what", "option", "value", "owner"),
     [
         ("ops", "--images", "64,2", "models"), ("limits", "--images", "64,2", "models"),
         ("models", "--shapes", "T224", "ops and limits"), ("traffic", "--shapes", "T224", "ops and limits"),
+        ("traffic", "--device", "cpu", "ops, limits and models"), ("traffic", "--out", "x", "ops, limits and models"),
+        ("traffic", "--record", "x", "ops, limits and models"), ("traffic", "--report", "x", "ops, limits and models"),
     ],
 )  # fmt: skip
 def test_an_option_of_the_other_command_is_refused(what, option, value, owner):
     with pytest.raises(SystemExit, match=f"bench {what}: {option} is an option of vig-ref bench {owner}; leave it out"):
-        cli.main(["bench", what, "--device", "cpu", option, value])
+        cli.main(["bench", what, option, value])
 
 
 def test_the_page_in_the_docs_shows_the_record():

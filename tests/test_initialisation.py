@@ -1,13 +1,14 @@
 """Two ways to begin: one with the global branch off, one with it on, and the command that compares them."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from vig_ref import cli
+from vig_ref import cli, demo, initialisation
 from vig_ref.initialisation import life
-from vig_ref.model import create_model, wake
+from vig_ref.model import ViG, create_model, wake
 from vig_ref.roadmap import create_row
 
 
@@ -29,6 +30,18 @@ def test_life_is_the_mean_square_beside_eps():
     model.blocks[0].mixer.norm_o.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     ratio = life(model, x)[0]
     assert ratio == pytest.approx(seen[0].double().square().mean().item() / 1e-6)
+
+
+def test_life_is_that_of_eval_mode_and_leaves_the_model_as_it_was():
+    """In training mode, drop path would let few of these blocks through."""
+    torch.manual_seed(0)
+    model = ViG(dataclasses.replace(demo.CONFIG, depth=4, drop_path=0.9), num_classes=10, img_size=8, in_chans=1)
+    wake(model)
+    model.blocks[0].eval()
+    modes, x = [module.training for module in model.modules()], torch.randn(2, 1, 8, 8)
+    ratios = life(model, x)
+    assert [module.training for module in model.modules()] == modes
+    assert ratios == life(model.eval(), x)
 
 
 def test_what_wake_changes():
@@ -63,6 +76,30 @@ def test_gradients_reach_what_lies_before_the_operator():
         mixer = model.blocks[6].mixer
         shares.append((mixer.qkv_proj.weight.grad.norm() / mixer.norm_local.weight.grad.norm()).item())
     assert shares[0] < 1e-2 * shares[1]
+
+
+def test_a_seed_is_of_the_weights_and_of_the_batches(monkeypatch):
+    starts = []
+
+    def look(learner, epochs):
+        starts.append((learner.model.head.weight.detach().clone(), torch.stack(learner.batches())))
+        return []
+
+    monkeypatch.setattr(demo, "train", look)
+    for seed in (0, 1, 0):
+        assert initialisation.train(demo.load("cpu"), wake, seed, 1)["seed"] == seed
+    for zero, one, again in zip(*starts, strict=True):
+        assert torch.equal(zero, again)
+        assert not torch.equal(zero, one)
+
+
+def test_the_command_has_a_run_for_each_seed(monkeypatch):
+    monkeypatch.setattr(initialisation, "at_the_start", lambda *_: {})
+    monkeypatch.setattr(initialisation, "train", lambda data, start, seed, epochs: (start, seed, epochs))
+    digits = initialisation.measure(3, 2)["digits"]
+    assert digits == {
+        which: [(start, seed, 2) for seed in range(3)] for which, start in initialisation.INITIALISATIONS.items()
+    }
 
 
 def test_the_command(tmp_path):

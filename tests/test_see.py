@@ -1,5 +1,6 @@
 """What the pictures show: maps that are the operator, and fields that are gradients."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,10 +9,13 @@ import torch
 from matplotlib.image import imread, imsave
 from torch import nn
 
+import fitting_torchvision  # noqa: F401
 import test_hierarchical
 import test_model
 from vig_ref import cli, gla, see
-from vig_ref.model import HierarchicalViG, create_model
+from vig_ref.demo import new_figure
+from vig_ref.machine import import_timm
+from vig_ref.model import HierarchicalViG, ViG, create_model, wake
 from vig_ref.released import released_names
 from vig_ref.roadmap import create_row
 from vig_ref.tolerance import draw
@@ -43,6 +47,26 @@ def test_maps_are_those_of_the_block(monkeypatch):
     model.blocks[1].mixer.norm_o.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     maps = see.attention_maps(model, x, 1)
     torch.testing.assert_close(maps.o.transpose(1, 2), seen[0])
+
+
+def dropping():
+    """A model in training mode, some of whose modules are not; drop path would let few of its blocks through."""
+    torch.manual_seed(0)
+    model = ViG(dataclasses.replace(test_model.TINY, depth=4, drop_path=0.9), img_size=32).double()
+    wake(model)
+    model.blocks[0].eval()
+    return model
+
+
+def test_maps_and_fields_are_those_of_eval_mode_and_leave_the_model_as_it_was():
+    model, x = dropping(), test_model.images(2, 3, 32, 32)
+    modes = [module.training for module in model.modules()]
+    maps, field = see.attention_maps(model, x, -1), see.effective_receptive_field(model, x)
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+    model.eval()
+    assert all(torch.equal(a, b) for a, b in zip(maps[:4], see.attention_maps(model, x, -1)[:4], strict=True))
+    assert torch.equal(field, see.effective_receptive_field(model, x))
 
 
 def test_a_field_is_a_gradient():
@@ -129,6 +153,77 @@ def test_the_photograph(tmp_path):
     torch.testing.assert_close(batch[0, 0], torch.full((8, 8), red), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_grey_photograph(tmp_path, monkeypatch, dtype):
+    """Matplotlib reads one of a JPEG as bytes and of a PNG as floats, in two dimensions."""
+    grey = (np.linspace(0, 255, 32 * 32).reshape(32, 32) / (1 if dtype is np.uint8 else 255)).astype(dtype)
+    monkeypatch.setattr(see, "imread", lambda path: grey)
+    image = see.photograph(tmp_path, 32)
+    assert image.shape == (32, 32, 3)
+    np.testing.assert_allclose(image, (grey / (255 if dtype is np.uint8 else 1))[..., None].repeat(3, -1), atol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["attention", "erf"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("none.png", "No such file"), ("bad.png", "not a PNG file"), ("bad.jpg", "cannot identify image file")],
+)
+def test_a_picture_that_cannot_be_read_is_refused(tmp_path, what, name, reason):
+    for bad in ("bad.png", "bad.jpg"):
+        (tmp_path / bad).write_text("no picture")
+    with pytest.raises(SystemExit) as error:
+        cli.main(["see", what, "--image", str(tmp_path / name), "--out", str(tmp_path / "out")])
+    text = str(error.value)
+    assert text.startswith(f"vig-ref see: image: expected a picture, got {tmp_path / name} (")
+    assert reason in text
+    assert text.endswith("); give another file")
+
+
+@pytest.mark.parametrize("size", ["0", "-16"])
+def test_a_size_that_is_none_is_refused(size, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["see", "erf", "--size", size])
+    assert stop.value.code == 2
+    assert f"argument --size: expected a whole number of at least 1, got '{size}'" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_there_or_none_are_refused(tmp_path):
+    torch.save([1], tmp_path / "list.pth")
+    for name, reason in (("none.pth", "No such file"), ("none.safetensors", "No such file"), ("list.pth", "got list")):
+        with pytest.raises(SystemExit) as error:
+            cli.main(["see", "attention", "--size", "32", "--weights", str(tmp_path / name), "--out", str(tmp_path)])
+        text = str(error.value)
+        assert text.startswith("vig-ref see: weights: expected a released checkpoint (")
+        assert reason in text
+        assert text.endswith("); give its file")
+
+
+def test_what_is_drawn_of_each_token(tmp_path, monkeypatch):
+    """The frame is around the token, and its three maps lie over the whole picture, in colours of one scale."""
+    figures = []
+    monkeypatch.setattr(see, "new_figure", lambda *size: figures.append(new_figure(*size)) or figures[-1])
+    fwd, rev = torch.randn(2, 2, 3, 12, 12)  # two images, three heads, a grid of 3x4
+    maps = see.Maps(fwd, rev, torch.empty(0), torch.empty(0), (3, 4))
+    image, tokens, head = np.random.default_rng(0).random((24, 32, 3)), [(0, 1), (2, 3)], 1
+    see.draw_attention(image, maps, tokens, head, "title", tmp_path / "maps.png")
+    for (row, column), axes in zip(tokens, np.reshape(figures[0].axes[:8], (2, 4)), strict=True):
+        t = 4 * row + column
+        drawn = [fwd[0, head, t], rev[0, head, t], fwd[0, head, t] + rev[0, head, t]]
+        assert np.array_equal(axes[0].images[0].get_array(), image)
+        for ax, weights in zip(axes[1:], drawn, strict=True):
+            grey, colours = ax.images
+            np.testing.assert_array_equal(grey.get_array(), image.mean(-1))
+            np.testing.assert_array_equal(colours.get_array(), weights.reshape(3, 4).numpy())
+            assert colours.get_extent() == [-0.5, 31.5, 23.5, -0.5]
+            assert colours.norm is axes[1].images[1].norm
+        for ax in axes:
+            for frame in ax.patches:
+                assert frame.get_bbox().bounds == (8 * column - 0.5, 8 * row - 0.5, 8, 8)
+            assert len(ax.patches) == 2
+        assert axes[0].get_ylabel() == f"token ({row}, {column})"
+    assert [ax.get_title() for ax in figures[0].axes[:4]] == ["photograph", "forward", "reverse", "merged"]
+
+
 def test_attention_command(tmp_path):
     arguments = ["--size", "64", "--block", "0", "--token", "1", "2", "--token", "3", "0", "--out", str(tmp_path)]
     assert cli.main(["see", "attention", *arguments]) == 0
@@ -172,9 +267,27 @@ def test_erf_refuses_what_is_of_attention_only(tmp_path):
         cli.main(["see", "erf", "--size", "32", "--weights", "w.pth", "--block", "0", "--out", str(tmp_path)])
 
 
-def test_erf_command_without_timm(tmp_path, monkeypatch):
+def test_a_field_is_the_same_with_and_without_timm():
+    timm, reason = import_timm()
+    assert timm, reason
+    x = torch.randn(1, 3, 32, 32)
+    found, alone = see.fields(32, x, timm), see.fields(32, x, None)
+    assert list(found) == [*see.PEERS, *alone]
+    assert all(torch.equal(found[name], field) for name, field in alone.items())
+
+
+def test_erf_sees_the_photograph_in_all_four_rotations(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(see, "fields", lambda n, images, timm: seen.append(images) or {"ViG": torch.rand(n, n)})
+    assert cli.main(["see", "erf", "--size", "32", "--out", str(tmp_path)]) == 0
+    upright = see.normalised(see.photograph(None, 32))[0]
+    assert torch.equal(seen[0], torch.stack([upright.rot90(n, (1, 2)) for n in range(4)]))
+
+
+def test_erf_command_without_timm(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(see, "import_timm", lambda: (None, "absent"))
     assert cli.main(["see", "erf", "--size", "32", "--out", str(tmp_path)]) == 0
+    assert "Left out: ResNet50 and DeiT-T: absent.\n" in capsys.readouterr().out
     found = json.loads((tmp_path / "erf.json").read_text())["share_of_pixels_that_hold"]
     assert list(found) == ["GLA", "BidGLA (no 2D gate)", "ViG"]
     assert found["ViG"]["0.5"] < found["ViG"]["0.9"] < found["ViG"]["0.99"] <= 1

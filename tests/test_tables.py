@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,23 @@ def test_cost_grows_with_the_number_of_tokens(written):
 
 
 def test_a_timm_that_cannot_be_imported_is_a_reason(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
     timm, reason = tables.import_timm()
     assert timm is None
     assert reason.startswith("ModuleNotFoundError: import of timm halted")
+    assert reason.endswith("; install the extra 'timm': pip install 'vig_ref[timm]'")
+
+
+def test_a_torchvision_that_does_not_fit_is_a_reason_of_its_own(monkeypatch, tmp_path):
+    """As PyPI's beside a CPU build of torch: timm is installed, and installing it would not help."""
+    (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    timm, reason = tables.import_timm()
+    assert timm is None
+    advice = "install the torchvision that matches your torch build"
+    assert reason == f"RuntimeError: operator torchvision::nms does not exist; {advice}"
+    data = json.loads(COMMITTED.read_text())
+    page = tables.markdown(keyed_by_number(data) | {"table_1": reason})
+    assert f"Not counted: timm cannot be imported ({reason}).\n" in page
+    assert "pip install" not in page

@@ -15,7 +15,6 @@ import functools
 import gc
 import importlib.util
 import itertools
-import json
 import math
 import sys
 import time
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from vig_ref import agreement, bench_models, bench_report, machine, tolerance, traffic
 from vig_ref.bench_report import IMPLS, PEER_PACKAGES, Report, Row, quartiles
-from vig_ref.cli import sizes
+from vig_ref.cli import make_folders, read_record, sizes
 from vig_ref.tolerance import REGIMES, Inputs
 from vig_ref.traffic import PASSES
 from vig_ref.verify import write_json
@@ -290,14 +289,13 @@ def floor(shape: Shape, speed: list[float]) -> list[Row]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
         "what", choices=("ops", "limits", "models", "traffic"),
         help="time the operator, see what limits the fused layer, time whole models, or only count bytes",
     )  # fmt: skip
     timed = parser.add_argument_group("of ops, limits and models")
-    timed.add_argument("--device", choices=("cuda", "cpu"), default=here, help=f"here the default is {here}")
-    timed.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for what is written (out/bench)")
+    timed.add_argument("--device", choices=("cuda", "cpu"), help=f"here the default is {default_device()}")
+    timed.add_argument("--out", type=Path, help="folder for what is written (out/bench)")
     timed.add_argument("--record", type=Path, metavar="FILE", help="also write this JSON; of ops a picture, too")
     timed.add_argument("--report", type=Path, metavar="FILE", help="only print such a record as Markdown tables")
     names = ", ".join(NAMED)
@@ -308,6 +306,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--images", nargs="+", type=bench_models.parse_case, metavar="SIZE", help=square)
 
 
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def parse_shape(text: str) -> Shape:
     if text in NAMED:
         return NAMED[text]
@@ -316,11 +318,15 @@ def parse_shape(text: str) -> Shape:
 
 def run(options: argparse.Namespace) -> int:
     """1 if a layer is wrong, else 0."""
-    own = {"--shapes": (options.shapes, ("ops", "limits")), "--images": (options.images, ("models",))}
-    for name, (given, owners) in own.items():
-        if given and options.what not in owners:
-            of = f"{name} is an option of vig-ref bench {' and '.join(owners)}"
+    own = dict.fromkeys(("device", "out", "record", "report"), ("ops", "limits", "models"))
+    own |= {"shapes": ("ops", "limits"), "images": ("models",)}
+    for name, owners in own.items():
+        if getattr(options, name) is not None and options.what not in owners:
+            listed = " and ".join(owners).replace(" and ", ", ", len(owners) - 2)
+            of = f"--{name} is an option of vig-ref bench {listed}"
             raise SystemExit(f"vig-ref bench {options.what}: {of}; leave it out")
+    options.device = options.device or default_device()
+    options.out = options.out or Path("out/bench")
     if options.what == "traffic":
         print(traffic.table())
         return 0
@@ -331,9 +337,11 @@ def run(options: argparse.Namespace) -> int:
 
         return bench_limits.run(options)
     if options.report:
-        print(bench_report.markdown(json.loads(options.report.read_text()), options.report.with_suffix(".png")))
+        found = read_record("vig-ref bench ops", options.report, "rows")
+        print(bench_report.markdown(found, options.report.with_suffix(".png")))
         return 0
     machine.prepare("vig-ref bench", options.device)
+    make_folders("vig-ref bench ops", options.out, options.record)
     if options.device == "cpu":
         print("On a CPU: small shapes, naive and chunked. This says nothing about a GPU.\n")
     found = bench(options)

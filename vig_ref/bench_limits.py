@@ -14,7 +14,6 @@ here: `vig-ref bench ops` and `vig-ref verify` do.
 
 import argparse
 import contextlib
-import json
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from vig_ref import bench, bench_report, machine
 from vig_ref.bench import Shape
 from vig_ref.bench_report import Report, Row, quartiles
+from vig_ref.cli import make_folders, read_record
 from vig_ref.tolerance import Inputs
 from vig_ref.traffic import PASSES
 from vig_ref.verify import write_json
@@ -64,13 +64,14 @@ def measured(shape: Shape, device: str) -> list[Row]:
 
 def run(options: argparse.Namespace) -> int:
     if options.report:
-        print(markdown(json.loads(options.report.read_text())))
+        print(markdown(read_record("vig-ref bench limits", options.report, "rows")))
         return 0
     machine.prepare("vig-ref bench limits", options.device)
     shapes = options.shapes or bench.GPU_SHAPES
     if reason := bench.why_not("fused", shapes[0], options.device):
         advice = "; this needs an NVIDIA GPU" if options.device == "cpu" else ""
         raise SystemExit(f"vig-ref bench limits: {reason}{advice}")
+    make_folders("vig-ref bench limits", options.out, options.record)
     found: Report = {**machine.circumstances(bench.command(options), options.device), "rows": []}
     for shape in tqdm(shapes, desc="timing", unit="shape", disable=None):
         found["rows"] += measured(shape, options.device)

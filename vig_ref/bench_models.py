@@ -15,7 +15,6 @@ rough check: behind a norm it cannot see by which factor o is wrong. `vig-ref ve
 
 import argparse
 import gc
-import json
 import math
 import sys
 import time
@@ -29,9 +28,9 @@ from tqdm import tqdm
 
 from vig_ref import bench_report, machine
 from vig_ref.bench_report import Report, Row
-from vig_ref.cli import sizes
+from vig_ref.cli import make_folders, read_record, sizes
 from vig_ref.machine import import_timm
-from vig_ref.model import ViG, create_model, wake
+from vig_ref.model import VIG_TINY, ViG, create_model, wake
 from vig_ref.verify import write_json
 
 MODELS = ("ViG-T", "DeiT-T")
@@ -135,9 +134,10 @@ def measured(case: Case, name: str, how: str, which: str, device: str) -> Row:
 def run(options: argparse.Namespace) -> int:
     """1 if the logits of a ViG are wrong, else 0."""
     if options.report:
-        print(markdown(json.loads(options.report.read_text())))
+        print(markdown(read_record("vig-ref bench models", options.report, "rows")))
         return 0
     machine.prepare("vig-ref bench", options.device)
+    make_folders("vig-ref bench models", options.out, options.record)
     if options.device == "cpu":
         print("On a CPU: small images, no compiler. This says nothing about a GPU.\n")
     found: Report = {**machine.circumstances(command(options), options.device, ("timm",)), "left_out": [], "rows": []}
@@ -203,4 +203,8 @@ def markdown(found: Report) -> str:
 
 
 def parse_case(text: str) -> Case:
-    return Case(*sizes(text, 2, "PIXELS,BATCH, such as 224,256"))
+    case = Case(*sizes(text, 2, "PIXELS,BATCH, such as 224,256"))
+    if case.pixels % VIG_TINY.patch_size:
+        expected = f"PIXELS that are a multiple of the patch size {VIG_TINY.patch_size}, such as 224,256"
+        raise argparse.ArgumentTypeError(f"expected {expected}; got {text!r}")
+    return case

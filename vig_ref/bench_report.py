@@ -183,7 +183,6 @@ def draw(found: Report, path: Path) -> None:
     panels[0].set_ylabel("milliseconds")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 

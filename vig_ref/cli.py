@@ -6,8 +6,14 @@ It is imported when it is called, so that no command needs what another one need
 
 import argparse
 import importlib
+import json
+import sys
+import tempfile
+from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from vig_ref import __version__
 
 
 class Command(NamedTuple):
@@ -29,12 +35,19 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code, 0 if all is well."""
-    options = _parser().parse_args(argv)
+    """Run one command; returns its exit code, 0 if all is well. Without arguments it prints the help."""
+    options = _parser().parse_args((sys.argv[1:] if argv is None else argv) or ["--help"])
     module = _load(options.command)
     parser = argparse.ArgumentParser(prog=f"vig-ref {options.command}", description=COMMANDS[options.command].help)
     module.add_arguments(parser)
     return module.run(parser.parse_args(options.arguments))
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as the value of an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def sizes(text: str, count: int, expected: str) -> list[int]:
@@ -45,12 +58,45 @@ def sizes(text: str, count: int, expected: str) -> list[int]:
     return found
 
 
+def make_folders(command: str, out: Path, record: Path | None = None) -> None:
+    """Make the folders of `--out` and of `--record`, before any work is done; refuse what cannot be written to."""
+    for option, folder in [("--out", out), *([("--record", record.parent)] if record else [])]:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            expected = f"{option}: expected a folder that can be written to, got {folder} ({error.strerror})"
+            raise SystemExit(f"{command}: {expected}; give another path") from error
+    if record and record.is_dir():
+        raise SystemExit(f"{command}: --record: expected a file, got the folder {record}; give the name of a file")
+
+
+def read_record(command: str, path: Path, key: str) -> dict[str, Any]:
+    """What `--record` of the same command wrote, for its `--report`; it has this key."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    except ValueError:
+        reason = "is no JSON"
+    else:
+        of = found.get("command") if isinstance(found, dict) else None
+        ours = f"{of} ".startswith(f"{command} ")
+        if ours and key in found:
+            return found
+        reason = f"has no {key!r}" if ours else f"is of the command {of!r}"
+    expected = f"expected a file that {command} --record FILE wrote"
+    raise SystemExit(f"{command}: --report: {expected}, got {path}, which {reason}; give such a file")
+
+
 def _parser() -> argparse.ArgumentParser:
     listing = "\n".join(f"  {name:<10}{command.help}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="vig-ref", description="ViG in three layers that agree.", epilog=f"commands:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"vig-ref {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="see vig-ref COMMAND --help")
     return parser

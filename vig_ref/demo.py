@@ -6,9 +6,11 @@ Everything is seeded: the same machine and versions give the same result.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +21,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from vig_ref import agreement, tolerance
+from vig_ref.cli import make_folders, positive
 from vig_ref.machine import circumstances, prepare
 from vig_ref.model import Mixer, ViG, ViGConfig, wake
 from vig_ref.ops import resolve_backend
@@ -86,6 +89,18 @@ def build(backend: str) -> ViG:
 
 def mixers(model: ViG) -> list[Mixer]:
     return [module for module in model.modules() if isinstance(module, Mixer)]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, in which no path is dropped; afterwards every module is in the mode in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class Learner:
@@ -258,13 +273,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=positive, default=EPOCHS, help=f"under {EPOCHS}, no accuracy is required")
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def run(options: argparse.Namespace) -> int:
     """The whole demo; 1 if a layer disagrees or too few digits are read, else 0."""
     start = time.perf_counter()
@@ -272,6 +280,7 @@ def run(options: argparse.Namespace) -> int:
     prepare("vig-ref demo", device)
     if device == "cuda" and agreement.fused_mode(device) == agreement.INTERPRETER:
         raise SystemExit("vig-ref demo: --device cuda compiles the kernels; unset TRITON_INTERPRET")
+    make_folders("vig-ref demo", out)
     agreed = agreement.compare_all(device)
     print(agreement.table(agreed), end="\n\n", flush=True)
 
@@ -283,7 +292,6 @@ def run(options: argparse.Namespace) -> int:
     learner = Learner(data, backend=backend, steps=options.epochs * (len(data.x) // BATCH))
     history = train(learner, options.epochs)
 
-    out.mkdir(parents=True, exist_ok=True)
     draw_curve(history, out / "training.png")
     draw_answers(data, learner.answers(), out / "digits.png")
     command = f"vig-ref demo --device {device} --out {out} --epochs {options.epochs}"

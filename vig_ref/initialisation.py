@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vig_ref import demo
+from vig_ref.cli import make_folders, positive
 from vig_ref.model import HierarchicalViG, Mixer, ViG, create_model, wake
 
 
@@ -32,7 +33,10 @@ INITIALISATIONS: dict[str, Callable[[ViG | HierarchicalViG], None]] = {"released
 
 @torch.no_grad()
 def life(model: ViG | HierarchicalViG, images: Tensor) -> list[float]:
-    """mean(o^2) / eps of every block, from the image to the head: well below 1, the global branch is off."""
+    """mean(o^2) / eps of every block, from the image to the head: well below 1, the global branch is off.
+
+    In eval mode; the model is left in the mode in which it was.
+    """
     ratios = []
 
     def record(norm: Any, inputs: tuple[Tensor]) -> None:
@@ -41,7 +45,8 @@ def life(model: ViG | HierarchicalViG, images: Tensor) -> list[float]:
     norms = [module.norm_o for module in model.modules() if isinstance(module, Mixer)]
     hooks = [norm.register_forward_pre_hook(record) for norm in norms]
     try:
-        model(images)
+        with demo.evaluating(model):
+            model(images)
     finally:
         for hook in hooks:
             hook.remove()
@@ -133,15 +138,15 @@ def markdown(data: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/init"), help="folder for what is written (out/init)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each initialisation (3)")
-    parser.add_argument("--epochs", type=int, default=demo.EPOCHS, help=f"epochs of each run ({demo.EPOCHS})")
+    parser.add_argument("--seeds", type=positive, default=3, help="runs of each initialisation (3)")
+    parser.add_argument("--epochs", type=positive, default=demo.EPOCHS, help=f"epochs of each run ({demo.EPOCHS})")
 
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
+    make_folders("vig-ref init", options.out)
     data = measure(options.seeds, options.epochs)
     page = markdown(data)
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "initialisation.json").write_text(json.dumps(data, indent=1) + "\n")
     (options.out / "initialisation.md").write_text(page)
     print(page)

@@ -23,11 +23,16 @@ def prepare(command: str, device: str) -> None:
 
 
 def import_timm() -> tuple[Any, str]:
-    """timm, or None and the reason: it is absent, or its torchvision does not fit the torch that is installed."""
+    """timm, or None with the reason and what to do: it is absent, or its torchvision does not fit the torch."""
     try:
         import timm
     except (ImportError, RuntimeError) as error:
-        return None, f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
+        if getattr(error, "name", None) == "timm":
+            reason += "; install the extra 'timm': pip install 'vig_ref[timm]'"
+        elif "torchvision" in reason:
+            reason += "; install the torchvision that matches your torch build"
+        return None, reason
     return timm, ""
 
 

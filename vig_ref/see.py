@@ -28,7 +28,8 @@ from matplotlib.patches import Rectangle
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
-from vig_ref.demo import SEED, new_figure
+from vig_ref.cli import make_folders, positive
+from vig_ref.demo import SEED, evaluating, new_figure
 from vig_ref.machine import import_timm
 from vig_ref.model import PRESETS, HierarchicalViG, Mixer, ViG, create_model, wake
 from vig_ref.ops import bidirectional_gla
@@ -42,8 +43,17 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.2
 
 
 def photograph(path: Path | None, size: int) -> np.ndarray:
-    """The middle square of a picture, `[size, size, 3]` in 0 to 1; None is the flower that comes with scikit-learn."""
-    pixels = load_sample_image("flower.jpg") if path is None else imread(path)
+    """The middle square of a picture, `[size, size, 3]` in 0 to 1; None is the flower that comes with scikit-learn.
+
+    Raises:
+        ValueError: a file that is not there or that matplotlib cannot read.
+    """
+    try:
+        pixels = load_sample_image("flower.jpg") if path is None else imread(path)
+    except (OSError, SyntaxError) as error:  # the latter is Pillow's word for a damaged PNG
+        raise ValueError(f"image: expected a picture, got {path} ({error}); give another file") from error
+    if pixels.ndim == 2:  # grey
+        pixels = np.stack([pixels] * 3, axis=-1)
     image = torch.from_numpy(np.array(pixels[..., :3])).float()
     image = image / 255 if pixels.dtype == np.uint8 else image
     side = min(image.shape[:2])
@@ -105,7 +115,8 @@ def attention_maps(model: ViG | HierarchicalViG, images: Tensor, block: int) -> 
     seen = []
     hook = mixer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        model(images)
+        with evaluating(model):
+            model(images)
     finally:
         hook.remove()
     (x,) = seen
@@ -172,12 +183,13 @@ def effective_receptive_field(model: Any, images: Tensor) -> Tensor:
         model: anything with `forward_intermediates`: ours and timm's.
         images: `[B, 3, height, width]`.
     """
-    images = images.clone().requires_grad_()
-    (features,) = model.eval().forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
-    height, width = features.shape[2:]
-    (features[:, :, height // 2, width // 2] * signs(features.shape[1]).to(features)).sum().backward()
-    assert images.grad is not None
-    field = images.grad.abs().sum(dim=(0, 1))
+    images = images.detach().requires_grad_()
+    with evaluating(model):
+        (features,) = model.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+        height, width = features.shape[2:]
+        response = (features[:, :, height // 2, width // 2] * signs(features.shape[1]).to(features)).sum()
+        (gradient,) = torch.autograd.grad(response, images)
+    field = gradient.abs().sum(dim=(0, 1))
     return field / field.max()
 
 
@@ -187,18 +199,26 @@ def share_of_pixels(field: Tensor, share: float) -> float:
     return (int((sizes < share * sizes[-1]).sum()) + 1) / field.numel()
 
 
-def fields(size: int, images: Tensor) -> dict[str, Tensor]:
-    """The paper's models, as far as they can be had, each untrained: in the order of Figure 6."""
-    timm, _ = import_timm()
-    models: dict[str, Any] = {}
+PEERS = ("ResNet50", "DeiT-T")  # timm has them
+ROWS = {"GLA": "patch_embed", "BidGLA (no 2D gate)": "direction_wise", "ViG": "gate_2d"}
+
+
+def untrained(name: str, size: int, timm: Any) -> Any:
+    """A model of Figure 6 by its name there: the same one whatever was built before it."""
     torch.manual_seed(SEED)
-    if timm:
-        models["ResNet50"] = timm.create_model("resnet50", zero_init_last=False)  # else each block is the identity
-        models["DeiT-T"] = timm.create_model("deit_tiny_patch16_224", img_size=size)
-    for name, row in {"GLA": "patch_embed", "BidGLA (no 2D gate)": "direction_wise", "ViG": "gate_2d"}.items():
-        models[name] = create_row(row, img_size=size)
-        wake(models[name])
-    return {name: effective_receptive_field(model, images) for name, model in models.items()}
+    if name == "ResNet50":
+        return timm.create_model("resnet50", zero_init_last=False)  # else each block is the identity
+    if name == "DeiT-T":
+        return timm.create_model("deit_tiny_patch16_224", img_size=size)
+    model = create_row(ROWS[name], img_size=size)
+    wake(model)
+    return model
+
+
+def fields(size: int, images: Tensor, timm: Any) -> dict[str, Tensor]:
+    """The paper's models, as far as they can be had, each untrained: in the order of Figure 6."""
+    names = (*PEERS, *ROWS) if timm else ROWS
+    return {name: effective_receptive_field(untrained(name, size, timm), images) for name in names}
 
 
 COLUMNS = 3
@@ -230,7 +250,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("attention", "erf"), help="attention maps, or effective receptive fields")
     parser.add_argument("--out", type=Path, default=Path("out/see"), help="folder for what is written (out/see)")
     parser.add_argument("--image", type=Path, help="a picture; the default is scikit-learn's photograph of a flower")
-    parser.add_argument("--size", type=int, default=224, help="pixels a side (224)")
+    parser.add_argument("--size", type=positive, default=224, help="pixels a side (224)")
     only = parser.add_argument_group("of attention only")
     only.add_argument("--model", choices=PRESETS, help="an untrained model (vig_tiny)")
     only.add_argument("--weights", type=Path, help="a released checkpoint, instead of an untrained model")
@@ -241,8 +261,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    image = photograph(options.image, options.size)
+    make_folders("vig-ref see", options.out)
     given = [f"--{name}" for name in ATTENTION if getattr(options, name) is not None]
     for name, default in ATTENTION.items():
         if getattr(options, name) is None:
@@ -252,6 +271,7 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"erf draws five models of its own, untrained, and takes no {', '.join(given)}")
         if {"--model", "--weights"} <= set(given):
             raise ValueError("the weights say which model they are of; give --model or --weights, not both")
+        image = photograph(options.image, options.size)
         see = see_attention if options.what == "attention" else see_fields
         print(f"written: {see(options, image)}")
     except ValueError as error:
@@ -262,7 +282,10 @@ def run(options: argparse.Namespace) -> int:
 def see_attention(options: argparse.Namespace, image: np.ndarray) -> Path:
     torch.manual_seed(SEED)
     if options.weights:
-        model, origin = load_released(options.weights).float(), options.weights.name
+        try:
+            model, origin = load_released(options.weights).float(), options.weights.name
+        except (OSError, TypeError) as error:
+            raise ValueError(f"weights: expected a released checkpoint ({error}); give its file") from error
     else:
         model, origin = create_model(options.model, img_size=options.size).eval(), f"{options.model}, untrained"
         wake(model)
@@ -283,7 +306,10 @@ def see_attention(options: argparse.Namespace, image: np.ndarray) -> Path:
 
 def see_fields(options: argparse.Namespace, image: np.ndarray) -> Path:
     images = torch.cat([normalised(np.ascontiguousarray(np.rot90(image, n))) for n in range(4)])
-    found = fields(options.size, images)
+    timm, reason = import_timm()
+    if not timm:
+        print(f"Left out: {' and '.join(PEERS)}: {reason}.")
+    found = fields(options.size, images, timm)
     path = options.out / "erf.png"
     draw_fields(found, "Effective receptive field of the middle token, untrained models", path)
     areas = {name: {s: share_of_pixels(f, s) for s in (0.5, 0.9, 0.99)} for name, f in found.items()}

@@ -17,6 +17,7 @@ import torch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from torch import nn
 
+from vig_ref.cli import make_folders
 from vig_ref.demo import BLUE, ORANGE, new_figure
 from vig_ref.flops import count_macs
 from vig_ref.machine import import_timm
@@ -181,7 +182,7 @@ def markdown(data: dict[str, Any]) -> str:
         "## Other models (Table 1)",
     ]  # fmt: skip
     if isinstance(data["table_1"], str):
-        parts.append(f"Not counted: timm cannot be imported ({data['table_1']}). `pip install 'vig_ref[timm]'`.")
+        parts.append(f"Not counted: timm cannot be imported ({data['table_1']}).")
     else:
         other = {row["model"]: row["macs"] for row in data["table_1"]}
         share = plain["vig_small"] / other["deit_base_patch16_224"]
@@ -247,9 +248,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    make_folders("vig-ref tables", options.out)
     data = measure()
     page = markdown(data)
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "tables.json").write_text(json.dumps(data, indent=1) + "\n")
     (options.out / "tables.md").write_text(page)
     draw(data["figure_4a"], options.out / "flops_resolution.png")

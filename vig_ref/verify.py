@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from vig_ref import agreement, checks, machine, report
 from vig_ref.agreement import ARITHMETICS, AVAILABLE, LAYERS
+from vig_ref.cli import make_folders, read_record
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -35,11 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """1 if any check fails, else 0."""
     if options.report:
-        print(report.markdown(json.loads(options.report.read_text())))
+        print(report.markdown(read_record("vig-ref verify", options.report, "errors")))
         return 0
     machine.prepare("vig-ref verify", options.device)
+    make_folders("vig-ref verify", options.out, options.record)
     result = verify(options)
-    options.out.mkdir(parents=True, exist_ok=True)
     write_json(result, options.out / "report.json")
     (options.out / "report.html").write_text(report.page(result), encoding="utf-8")
     if options.record:
@@ -104,5 +105,4 @@ def command(options: argparse.Namespace) -> str:
 
 
 def write_json(data: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
