@@ -31,8 +31,8 @@ def bidirectional_gla(
             float32 or the dtype of q. Positive gates are outside the contract: they are not looked for (that would
             stop a GPU), and the recurrence above is computed as long as it does not overflow.
         scale: a finite number; `None` means `K ** -0.5`, as in the released code.
-        backend: one of `BACKENDS`; see `resolve_backend`. "fused" takes K up to 128, and float64 in Triton's interpreter
-            only.
+        backend: one of `BACKENDS`; see `resolve_backend`. "fused" takes K up to 128, and float64 only in Triton's
+            interpreter.
 
     Returns:
         o: `[B, H, T, V]`, the dtype of v.
