@@ -132,6 +132,13 @@ def test_an_amd_gpu_is_refused(monkeypatch):
     assert resolve_backend("auto", "cuda") == "chunked"
 
 
+def test_without_values_gradients_are_zero():
+    """`vig_ref.gla` refuses V = 0; called directly, this layer must not give back memory as it found it."""
+    q, k, _, g = (t.requires_grad_() for t in inputs()[:4])
+    o = fused.gla(q, k, q.new_empty(*q.shape[:3], 0), g, reverse=False, scale=1.0)
+    assert all((dx == 0).all() for dx in torch.autograd.grad(o.sum(), (q, k, g)))
+
+
 def test_double_backward_is_refused():
     leaves = [t.requires_grad_() for t in inputs()[:5]]
     o = bidirectional_gla(*leaves, backend="fused")
