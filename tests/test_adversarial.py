@@ -240,7 +240,7 @@ def test_14_results_are_asked_too_how_far_they_lie():
 def test_15_more_sequences_than_the_second_grid_axis_holds():
     """The first axis of a CUDA grid holds 2^31 - 1 programs, the others 65535: sequences belong on the first."""
     v = torch.empty(70_000, 2, 1, 16, device="meta")
-    assert launch._grid(v, 32, False) == (140_000, 1, 1)
+    assert launch._cut(v, v, None, None).grid == (140_000, 1, 1)
 
 
 @pytest.mark.gpu
@@ -321,8 +321,8 @@ def test_22_tf32_only_when_asked_for(monkeypatch, setting):
     try:
         default = inspect.signature(fused.bidirectional_gla).parameters["precision"].default
         x = on("fused", 1, 1, 2, 3, 4)
-        assert launch._options(x.q, x.v, default, backward=False, far=False)["DOT"] == "ieee"
-        assert launch._options(x.q, x.v, "tf32", backward=True, far=False)["DOT"] == "tf32"
+        assert launch._options(x.q, (32, 64), default, backward=False, far=False)["DOT"] == "ieee"
+        assert launch._options(x.q, (32, 64), "tf32", backward=True, far=False)["DOT"] == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
 

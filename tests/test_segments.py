@@ -228,7 +228,7 @@ def test_long_sequences_are_halved_where_there_are_many():
 
     def halved(B, H, T, K, V, g_fwd=g, g_rev=g):
         q, v = (torch.empty(B, H, T, D, device="meta") for D in (K, V))
-        return launch._halves(q, v, g_fwd, g_rev)
+        return launch._cut(q, v, g_fwd, g_rev).halves
 
     enough = launch.MANY // 4
     assert halved(enough, 4, T, 32, 64)
@@ -365,7 +365,7 @@ def test_states_may_be_kept_where_the_gradients_go(monkeypatch, segments_of, siz
     set_bounds(monkeypatch, bound)
     x = draw(1, 2, *sizes, regime="moderate", dtype=torch.bfloat16, gate_dtype=torch.float32)
     states, got = launch._states, []
-    for place in (lambda *a: states(*a).bfloat16(), lambda q, *_: q.new_empty(0)):
+    for place in (lambda *a: states(*a).bfloat16(), lambda v, *_: v.new_empty(0)):
         monkeypatch.setattr(launch, "_states", place)
         both = evaluate(fused.bidirectional_gla, x, scale=0.5)
         got.append([*both.values(), *one_direction(x)])
@@ -387,8 +387,9 @@ def test_states_may_be_kept_where_the_gradients_go(monkeypatch, segments_of, siz
 def test_states_are_kept_where_the_gradients_go_only_if_two_fit(K, V, gates, dot, kept):
     q, v = (torch.empty(1, 2, 20, D, dtype=torch.bfloat16) for D in (K, V))
     g = torch.empty(1, 2, 20, K, dtype=gates)
-    options = launch.constants(launch._tile(q, v), dot, backward=True)
-    assert (launch._states(q, v, [q, q, v, g, g], options, False).numel() == 0) == kept
+    cut = launch._cut(q, v, g, g)
+    options = launch.constants(cut.tile, dot, backward=True)
+    assert (launch._states(v, [q, q, v, g, g], cut, options).numel() == 0) == kept
     if kept:  # bytes that a chunk's gradients take, and its two states in bfloat16
         assert C * sum(t.element_size() * t.shape[3] for t in (q, q, v, g, g)) >= 2 * 2 * options["BK"] * options["BV"]
 
@@ -523,7 +524,7 @@ def test_nan_in_a_gate_stays_nan(segments_of, regime):
 def test_gradients_are_laid_out_as_the_compiler_is_told():
     """The backward pass is an operator of its own to torch.compile: its fake results have true strides and dtypes."""
     x = on_device(1, 2, 3, 3, 4, dtype=torch.float16, gate_dtype=torch.float32)
-    arguments = (*x[:5], launch._entering(x.q, x.v, False), x.do, 0.5, "ieee")
+    arguments = (*x[:5], launch._entering(x.v, launch._cut(x.q, x.v, x.g_fwd, x.g_rev)), x.do, 0.5, "ieee")
     torch.library.opcheck(launch._backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

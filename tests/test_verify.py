@@ -237,8 +237,8 @@ def test_on_a_gpu_the_fused_layer_meets_one_piece_segments_and_halves():
     ways = {}
     for B, H, T, K, V in Effort(device="cuda").shapes(fused):
         q, v = (torch.empty(B, H, T, D, device="meta") for D in (K, V))
-        halves = launch._halves(q, v, q, q)
-        ways[B, H, T, K, V] = "halves" if halves else "segments" if launch._segments(T) > 1 else "one piece"
+        cut = launch._cut(q, v, q, q)
+        ways[B, H, T, K, V] = "halves" if cut.halves else "segments" if cut.grid[2] > 1 else "one piece"
     assert set(ways.values()) == {"one piece", "segments", "halves"}
     assert all(ways[sizes] == "halves" and sizes[2] % launch.CHUNK for sizes in checks.HALVES)
 

@@ -112,29 +112,54 @@ def _refuse_tangents(*tensors: Tensor) -> None:
         raise NotImplementedError("backend 'fused' has no forward-mode derivative; choose backend='chunked' or 'naive'")
 
 
+class Cut(NamedTuple):
+    """How a call is divided into programs, in both passes."""
+
+    halves: bool  # otherwise segments, or one piece
+    tile: tuple[int, int]  # BK, BV
+    grid: tuple[int, int, int]  # sequences, one for each batch and head; blocks of V; segments, or scans of two halves
+    sizes: tuple[int, int, int, int, int]  # H, T, K, V, and the tokens of a segment or of the first half
+
+
+def _cut(q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None) -> Cut:
+    """Halves where sequences are long and many, and both gates there and of one dtype: a program has one of them,
+    chosen when it runs. torch.export wants to know on which side of MANY a number of images is."""
+    B, H, T, V = v.shape
+    K = q.shape[3]
+    tile = _tile(K, V)
+    sequences, blocks = B * H, _cdiv(V, tile[1])
+    both = g_fwd is not None and g_rev is not None and g_fwd.dtype == g_rev.dtype
+    if both and T > SEGMENT and sequences * blocks >= MANY:
+        return Cut(True, tile, (sequences, blocks, 2), (H, T, K, V, _cdiv(T, 2 * CHUNK) * CHUNK))
+    return Cut(False, tile, (sequences, blocks, _segments(T)), (H, T, K, V, _segment(T)))
+
+
+def _tile(K: int, V: int) -> tuple[int, int]:
+    return next((BK, BV) for BK, BV in TILES if BK >= K and (BV >= V or BK == MAX_K))
+
+
 @torch.library.custom_op("vig_ref::gla_forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, scale: float, precision: str
 ) -> tuple[Tensor, Tensor]:
     """o, and the states that enter each segment, which the backward pass wants again."""
-    halves = _halves(q, v, g_fwd, g_rev)
-    o, S_enter = _empty(v), _entering(q, v, halves)
+    cut = _cut(q, v, g_fwd, g_rev)
+    o, S_enter = _empty(v), _entering(v, cut)
     if o.numel():
         far = _far(q, k, v, g_fwd, g_rev, o)
-        options = _options(q, v, precision, backward=False, far=far)
+        options = _options(q, cut.tile, precision, backward=False, far=far)
         tensors = [_strided(x) for x in (q, k, v, g_fwd, g_rev, o, _share(o, g_fwd, g_rev, options))]
-        grid, sizes = _grid(v, options["BV"], halves), _sizes(q, v, halves)
         with _device(q):
-            if halves:
-                S_meet = _meeting(q, v)
+            if cut.halves:
+                S_meet = _meeting(v, cut)
                 for second in (False, True):
-                    kernels.half_kernel[grid](
-                        *tensors, S_meet, scale, *sizes,
-                        **half_constants(options, _dense(g_fwd, g_rev), _few(grid), second),
+                    kernels.half_kernel[cut.grid](
+                        *tensors, S_meet, scale, *cut.sizes,
+                        **half_constants(options, _dense(g_fwd, g_rev), _few(cut.grid), second),
                     )
             else:
-                _enter(k, v, g_fwd, g_rev, 1.0, S_enter, False, options)
-                kernels.forward_kernel[grid](*tensors, _or_none(S_enter), scale, *sizes, **options)
+                _enter(k, v, g_fwd, g_rev, 1.0, S_enter, False, cut, options)
+                kernels.forward_kernel[cut.grid](*tensors, _or_none(S_enter), scale, *cut.sizes, **options)
     return o, S_enter
 
 
@@ -147,24 +172,23 @@ def _backward(
     grads = [_empty(x) for x in inputs]
     if not do.numel():  # with V = 0 there are gradients, of 0
         return [grad.zero_() for grad in grads]
-    halves = _halves(q, v, g_fwd, g_rev)
-    options = _options(q, v, precision, backward=True, far=_far(*inputs, do, *grads))
-    grid = _grid(v, options["BV"], halves)
-    blocks = grid[1]
+    cut = _cut(q, v, g_fwd, g_rev)
+    options = _options(q, cut.tile, precision, backward=True, far=_far(*inputs, do, *grads))
+    _, blocks, _ = cut.grid
     parts = grads if blocks == 1 else [grad if n == 2 else _parts(inputs[n], blocks) for n, grad in enumerate(grads)]
     dq, dk, dv, *dg = (_strided(x) for x in parts)
-    dS_enter = _entering(q, v, halves)
-    states = [_or_none(_states(q, v, parts, options, halves)) for _ in range(2)]
-    enter = [_meeting(q, v) for _ in range(2)] if halves else [_or_none(S_enter), _or_none(dS_enter)]
-    exact = q.new_empty(math.prod(grid), dtype=torch.int32)
+    dS_enter = _entering(v, cut)
+    states = [_or_none(_states(v, parts, cut, options)) for _ in range(2)]
+    enter = [_meeting(v, cut) for _ in range(2)] if cut.halves else [_or_none(S_enter), _or_none(dS_enter)]
+    exact = q.new_empty(math.prod(cut.grid), dtype=torch.int32)
     with _device(q):
-        _enter(q, do, g_fwd, g_rev, scale, dS_enter, True, options)
+        _enter(q, do, g_fwd, g_rev, scale, dS_enter, True, cut, options)
         for second in (False, True):
-            walk = backward_constants(options, halves, halves and _dense(g_fwd, g_rev), second)
-            kernels.backward_kernel[grid](
+            walk = backward_constants(options, cut.halves, cut.halves and _dense(g_fwd, g_rev), second)
+            kernels.backward_kernel[cut.grid](
                 *(_strided(x) for x in (q, k, v, g_fwd, g_rev, do)),
                 dq, dk, dv, None if g_fwd is None else dg[0], None if g_rev is None else dg[-1], *states, *enter,
-                exact, scale, *_sizes(q, v, halves), **walk,
+                exact, scale, *cut.sizes, **walk,
             )  # fmt: skip
     for grad, part in zip(grads, parts, strict=True):
         if part is not grad:
@@ -174,17 +198,16 @@ def _backward(
 
 def _enter(
     x: Tensor, y: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, scale: float, enter: Tensor, gradient: bool,
-    options: dict,
+    cut: Cut, options: dict,
 ) -> None:
     """Fill `enter` with what enters each segment, if there are several. x, y: see `kernels.segment_kernel`."""
     if not enter.numel():
         return
     blocks, _, segments, BV, _ = enter.shape
     decay = _decays(enter)
-    grid = _grid(y, BV, False)
-    kernels.segment_kernel[grid](
-        *(_strided(each) for each in (x, y, g_fwd, g_rev)), enter, decay, scale, *_sizes(x, y, False),
-        **segment_constants(options, gradient, _few(grid)),
+    kernels.segment_kernel[cut.grid](
+        *(_strided(each) for each in (x, y, g_fwd, g_rev)), enter, decay, scale, *cut.sizes,
+        **segment_constants(options, gradient, _few(cut.grid)),
     )  # fmt: skip
     directions = (g_fwd is not None) + (g_rev is not None)
     kernels.combine_kernel[blocks, directions, BV * options["BK"] // kernels.CELLS.value](
@@ -194,7 +217,7 @@ def _enter(
 
 @_forward.register_fake
 def _(q, k, v, g_fwd, g_rev, scale, precision):
-    return _empty(v), _entering(q, v, _halves(q, v, g_fwd, g_rev))
+    return _empty(v), _entering(v, _cut(q, v, g_fwd, g_rev))
 
 
 @_backward.register_fake
@@ -242,46 +265,31 @@ def _empty(x: Tensor) -> Tensor:
 def _parts(x: Tensor, blocks: int) -> Tensor:
     """Memory for what each block of V contributes to the gradient of x (q, k or a gate), stacked along B."""
     B, H, T, D = x.shape
-    return x.new_empty(blocks * B, H, T, D, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(blocks * B, H, T, D, dtype=_wide(x))
 
 
-def _halves(q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None) -> bool:
-    """Whether long sequences are halved, not cut into segments of at most SEGMENT.
-
-    Both gates need to be there, and of one dtype: a program has one of them, chosen when it runs. torch.export wants to
-    know on which side of MANY a number of images is.
-    """
-    both = g_fwd is not None and g_rev is not None and g_fwd.dtype == g_rev.dtype
-    if not both or v.shape[2] <= SEGMENT:
-        return False
-    BH, blocks, _ = _grid(v, _tile(q, v)[1], True)
-    return BH * blocks >= MANY
-
-
-def _meeting(q: Tensor, v: Tensor) -> Tensor:
+def _meeting(v: Tensor, cut: Cut) -> Tensor:
     """Memory for the states with which programs meet, `[B * H * blocks of V, directions, BV, BK]`."""
-    BK, BV = _tile(q, v)
-    BH, blocks, _ = _grid(v, BV, True)
-    wide = torch.promote_types(v.dtype, torch.float32)
-    return v.new_empty(BH * blocks, 2, BV, BK, dtype=wide)
+    sequences, blocks, _ = cut.grid
+    BK, BV = cut.tile
+    return v.new_empty(sequences * blocks, 2, BV, BK, dtype=_wide(v))
 
 
 def _dense(g_fwd: Tensor | None, g_rev: Tensor | None) -> bool:
     return all(g is None or g.stride(3) == 1 for g in (g_fwd, g_rev))
 
 
-def _entering(q: Tensor, v: Tensor, halves: bool) -> Tensor:
+def _entering(v: Tensor, cut: Cut) -> Tensor:
     """Memory for what enters each segment, `[B * H * blocks of V, directions, segments, BV, BK]`, if there are several.
 
     Of a direction that is not there nothing is written. Kept for the backward pass: 64 bytes a token with the heads of
     ViG. To find them again it would read 448.
     """
-    wide = torch.promote_types(v.dtype, torch.float32)
-    if halves or v.shape[2] <= SEGMENT:
-        return v.new_empty(0, dtype=wide)
-    BK, BV = _tile(q, v)
-    BH, blocks, segments = _grid(v, BV, False)
-    return v.new_empty(BH * blocks, 2, segments, BV, BK, dtype=wide)
+    sequences, blocks, segments = cut.grid
+    if cut.halves or segments == 1:
+        return v.new_empty(0, dtype=_wide(v))
+    BK, BV = cut.tile
+    return v.new_empty(sequences * blocks, 2, segments, BV, BK, dtype=_wide(v))
 
 
 def _decays(enter: Tensor) -> Tensor:
@@ -293,18 +301,18 @@ def _or_none(x: Tensor) -> Tensor | None:
     return x if x.numel() else None
 
 
-def _states(q: Tensor, v: Tensor, grads: list[Tensor], options: dict, halves: bool) -> Tensor:
+def _states(v: Tensor, grads: list[Tensor], cut: Cut, options: dict) -> Tensor:
     """Scratch memory for a state of every chunk; none if both states fit in the memory of the chunk's gradients.
 
     They do where heads fill their tile, as ViG's, with bfloat16 and gates in float32: see `blocks._in_gradients`.
     """
-    BK, BV = options["BK"], options["BV"]
-    full = (q.shape[3], v.shape[3]) == (BK, BV) and BV <= 4 * CHUNK
+    BK, BV = cut.tile
+    *_, K, V, tokens = cut.sizes
+    full = (K, V) == (BK, BV) and BV <= 4 * CHUNK
     if full and options["DOT"] == "bf16" and all(dg.dtype == torch.float32 for dg in grads[3:]):
         return v.new_empty(0)
-    BH, blocks, segments = _grid(v, BV, halves)
-    chunks = segments * (_cut(v.shape[2], halves) // CHUNK)
-    return v.new_empty(BH * blocks * chunks, BV, BK, dtype=_rounded(v, options))
+    chunks = math.prod(cut.grid) * (tokens // CHUNK)
+    return v.new_empty(chunks, BV, BK, dtype=_rounded(v, options))
 
 
 def _share(o: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, options: dict) -> Tensor:
@@ -321,7 +329,12 @@ def _share(o: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, options: dict)
 
 def _rounded(x: Tensor, options: dict) -> torch.dtype:
     """As the operands of products are rounded."""
-    return torch.bfloat16 if options["DOT"] == "bf16" else torch.promote_types(x.dtype, torch.float32)
+    return torch.bfloat16 if options["DOT"] == "bf16" else _wide(x)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """As sums are kept."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -346,24 +359,8 @@ def _segments(T: int) -> int:
     return _cdiv(T, _segment(T))
 
 
-def _cut(T: int, halves: bool) -> int:
-    """Tokens of the first half, in whole chunks, or of a segment."""
-    return _cdiv(T, 2 * CHUNK) * CHUNK if halves else _segment(T)
-
-
 def _strided(x: Tensor | None) -> tuple | None:
     return None if x is None else (x, *x.stride())
-
-
-def _sizes(q: Tensor, v: Tensor, halves: bool) -> tuple[int, ...]:
-    """H, T, K, V and SEGMENT, as the kernels take them."""
-    T = q.shape[2]
-    return q.shape[1], T, q.shape[3], v.shape[3], _cut(T, halves)
-
-
-def _grid(v: Tensor, BV: int, halves: bool) -> tuple[int, int, int]:
-    """One program per (batch, head), block of V and segment, or one for each scan of two halves."""
-    return v.shape[0] * v.shape[1], _cdiv(v.shape[3], BV), 2 if halves else _segments(v.shape[2])
 
 
 def _few(grid: tuple[int, int, int]) -> bool:
@@ -371,7 +368,7 @@ def _few(grid: tuple[int, int, int]) -> bool:
     return math.prod(grid) <= 4 * MANY
 
 
-def _options(q: Tensor, v: Tensor, precision: str, *, backward: bool, far: bool) -> dict:
+def _options(q: Tensor, tile: tuple[int, int], precision: str, *, backward: bool, far: bool) -> dict:
     """The compile-time constants of a launch."""
     capability = (8, 0) if INTERPRETED else torch.cuda.get_device_capability(q.device)
     if capability < (8, 0):
@@ -380,7 +377,7 @@ def _options(q: Tensor, v: Tensor, precision: str, *, backward: bool, far: bool)
     if INTERPRETED:
         dot = "ieee"  # the interpreter multiplies the bit patterns of bfloat16
     return constants(
-        _tile(q, v), dot, backward=backward, double=q.dtype == torch.float64, far=far, dependent=capability >= (9, 0)
+        tile, dot, backward=backward, double=q.dtype == torch.float64, far=far, dependent=capability >= (9, 0)
     )
 
 
@@ -393,11 +390,6 @@ def _far(*tensors: Tensor | None) -> bool:
     """
     there = [x for x in tensors if x is not None]
     return any((x.shape[2] + 2 * CHUNK) * x.stride(2) + (x.shape[3] + MAX_K) * x.stride(3) >= 2**30 for x in there)
-
-
-def _tile(q: Tensor, v: Tensor) -> tuple[int, int]:
-    K, V = q.shape[3], v.shape[3]
-    return next((BK, BV) for BK, BV in TILES if BK >= K and (BV >= V or BK == MAX_K))
 
 
 def constants(
