@@ -1,13 +1,16 @@
-"""Tests are fast for what they compute: neither Triton's interpreter nor Python's does things again and again.
+"""Tests are fast for what they compute: neither Triton's interpreter nor Python's works in vain.
 
 What `tests/interpreter.py` leaves out is not missed: the same bits as from Triton's interpreter as it is.
 """
 
+import contextlib
 import resource
 
 import pytest
 import torch
+import triton
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as of_triton
 
 import interpreter
@@ -30,6 +33,8 @@ def test_bits_are_those_of_the_interpreter_as_it_is(regime, many, monkeypatch):
     monkeypatch.setattr(launch, "MANY", many)
     hurried = evaluated(37, regime)
     monkeypatch.setattr(of_triton, "_patch_lang", interpreter._replace)
+    monkeypatch.setattr(of_triton, "_get_np_dtype", interpreter._dtype)
+    monkeypatch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", interpreter._fits)
     as_it_is = evaluated(37, regime)
     assert all(torch.equal(hurried[name], as_it_is[name]) for name in NAMES)
 
@@ -42,6 +47,36 @@ def test_the_language_is_replaced_once_a_launch_and_put_back(monkeypatch):
     evaluated(17, "vig")
     assert replaced == ["forward_kernel", "backward_kernel", "backward_kernel"]
     assert tl.core.is_builtin(tl.load)
+
+
+@triton.jit
+def arithmetic_kernel(x, y, z, OPERATION: tl.constexpr):
+    i = tl.arange(0, 4)
+    a, b = tl.load(x + i), tl.load(y + i)
+    tl.store(z + i, a + b if OPERATION == "add" else a - b if OPERATION == "sub" else a * b)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("operation", "a", "b", "fits"),
+    [
+        ("add", 2**31 - 2, 1, True),
+        ("add", 2**31 - 1, 1, False),
+        ("add", -(2**31), -1, False),
+        ("sub", -(2**31) + 1, 1, True),
+        ("sub", -(2**31), 1, False),
+        ("mul", 2**16, -(2**15), True),
+        ("mul", 2**16, 2**15, False),
+        ("mul", 2**31 - 1, 2**31 - 1, False),
+    ],
+)
+def test_integers_that_do_not_fit_are_refused(operation, a, b, fits):
+    """Whichever element it is. In no test of the kernels does an offset leave its 32 bits."""
+    x, y = (torch.tensor([0, 1, number, 0], dtype=torch.int32) for number in (a, b))
+    z = torch.empty_like(x)
+    with contextlib.nullcontext() if fits else pytest.raises(of_triton.InterpreterError, match="OverflowError"):
+        arithmetic_kernel[1,](x, y, z, operation)
+        assert z[2] == {"add": a + b, "sub": a - b, "mul": a * b}[operation]
 
 
 def test_a_loop_of_calls_maps_no_memory():
