@@ -18,7 +18,8 @@ from vig_ref import parts
 from vig_ref.fused import launch
 
 torch.set_num_threads(1)
-interpreter.hurry()
+if launch.INTERPRETED:
+    interpreter.hurry()
 
 COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("fast", max_examples=5, **COMMON)
@@ -130,7 +131,7 @@ def red_zones():
         return allocate_between_canaries
 
     with pytest.MonkeyPatch.context() as patch:
-        names = ("_empty", "_parts", "_states", "_share", "_entering", "_decays", "_meeting")
+        names = ("_empty", "_parts", "_states", "_share", "_entering", "_nothing", "_decays", "_meeting")
         for module, name in [*((launch, name) for name in names), (parts, "_empty")]:
             patch.setattr(module, name, guarded(getattr(module, name)))
         yield

@@ -1,12 +1,12 @@
-"""Triton's interpreter without work that it does in vain; what is computed, and how, stays Triton's.
+"""Triton's interpreter without work that it does in vain; results, and how they are computed, stay Triton's.
 
 - A launch in the interpreter replaces the functions of `triton.language` by its own and puts the old ones back behind
   it. Each call of a function inside a kernel replaces them once more, though they are replaced: it searches the
   language for functions that are left, some hundreds of times for a program of four chunks, and finds none. That is a
   third to a half of the time of an interpreted kernel. Here that search is left out.
-- Each sum, difference and product of integers is computed once more in 64 bits, as if by a kernel, to see whether it
-  fits: two fifths of the time that is left. Unless Triton is debugged, nobody looks at the result. Here numpy computes
-  it, and what does not fit is refused.
+- Each integer sum, difference and product of two numbers or blocks is computed once more in 64 bits, as if by a kernel,
+  to see whether it fits: two fifths of the time that is left. The interpreter then never looks at what was seen. Here
+  numpy computes it, and what does not fit is refused.
 - A table from Triton's dtypes to numpy's is made anew each time that one is looked up.
 """
 
@@ -40,16 +40,13 @@ def _replace_what_is_left(function):
     return None  # a call inside a kernel drops it; a launch always has something to do
 
 
-def _fits_by_numpy(semantic, lhs, rhs, operation):
-    """Of integers below 64 bits. A kernel that is compiled keeps Triton's own check."""
-    if not isinstance(lhs.handle, of_triton.TensorHandle):
-        return _fits(semantic, lhs, rhs, operation)
+def _fits_by_numpy(_, lhs, rhs, operation):
+    """Of integers below 64 bits."""
     kind = lhs.type.scalar
     if kind.int_bitwidth < 64:
         exact = ARITHMETIC[operation.__name__](*(x.handle.data.astype(np.int64) for x in (lhs, rhs)))
         if exact.min() < kind.get_int_min_value() or exact.max() > kind.get_int_max_value():
             raise OverflowError(f"{kind}, {operation.__name__}: a result has more bits")
-    return None
 
 
 def _dtype_from_table(dtype):
@@ -59,7 +56,7 @@ def _dtype_from_table(dtype):
 
 
 def hurry():
-    """From now on in this process."""
+    """From now on in this process, which must interpret kernels and compile none."""
     of_triton._patch_lang = _replace_what_is_left
     of_triton._get_np_dtype = _dtype_from_table
     TritonSemantic.binary_op_sanitize_overflow_impl = _fits_by_numpy

@@ -321,8 +321,8 @@ def test_22_tf32_only_when_asked_for(monkeypatch, setting):
     try:
         default = inspect.signature(fused.bidirectional_gla).parameters["precision"].default
         x = on("fused", 1, 1, 2, 3, 4)
-        assert launch._options(x.q, (32, 64), default, backward=False, far=False)["DOT"] == "ieee"
-        assert launch._options(x.q, (32, 64), "tf32", backward=True, far=False)["DOT"] == "tf32"
+        assert launch._options(x.q, launch._tile(3, 4), default, backward=False, far=False)["DOT"] == "ieee"
+        assert launch._options(x.q, launch._tile(3, 4), "tf32", backward=True, far=False)["DOT"] == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
 

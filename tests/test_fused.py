@@ -126,7 +126,12 @@ def test_forward_mode_of_the_backward_pass_is_refused():
 
 
 def test_an_amd_gpu_is_refused(monkeypatch):
+    """Where kernels are compiled; the interpreter runs anywhere."""
     monkeypatch.setattr(torch.version, "hip", "6.2")
+    if launch.INTERPRETED:
+        bidirectional_gla(*inputs()[:5], backend="fused")
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.Tensor, "device", property(lambda _: torch.device("cuda")))
     with pytest.raises(ValueError, match="backend 'fused' is written for NVIDIA GPUs, got an AMD one; choose"):
         bidirectional_gla(*inputs()[:5], backend="fused")
     assert resolve_backend("auto", "cuda") == "chunked"

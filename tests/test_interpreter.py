@@ -57,6 +57,7 @@ def arithmetic_kernel(x, y, z, OPERATION: tl.constexpr):
 
 
 @interpreted
+@pytest.mark.parametrize("place", range(4))
 @pytest.mark.parametrize(
     ("operation", "a", "b", "fits"),
     [
@@ -70,13 +71,22 @@ def arithmetic_kernel(x, y, z, OPERATION: tl.constexpr):
         ("mul", 2**31 - 1, 2**31 - 1, False),
     ],
 )
-def test_integers_that_do_not_fit_are_refused(operation, a, b, fits):
-    """Whichever element it is. In no test of the kernels does an offset leave its 32 bits."""
-    x, y = (torch.tensor([0, 1, number, 0], dtype=torch.int32) for number in (a, b))
+def test_integers_that_do_not_fit_are_refused(operation, a, b, fits, place):
+    """In no test of the kernels does an offset leave its 32 bits."""
+    x, y = torch.zeros(2, 4, dtype=torch.int32)
+    x[place], y[place] = a, b
     z = torch.empty_like(x)
     with contextlib.nullcontext() if fits else pytest.raises(of_triton.InterpreterError, match="OverflowError"):
         arithmetic_kernel[1,](x, y, z, operation)
-        assert z[2] == {"add": a + b, "sub": a - b, "mul": a * b}[operation]
+        assert z[place] == {"add": a + b, "sub": a - b, "mul": a * b}[operation]
+
+
+@interpreted
+def test_dtypes_are_those_of_the_interpreter():
+    scalars = [getattr(tl, name) for name in ("int1", "int8", "uint16", "int32", "int64", "bfloat16", "float32")]
+    pointers = [tl.pointer_type(scalar) for scalar in scalars]
+    for dtype in (*scalars, *pointers, *(tl.block_type(element, [2, 4]) for element in (*scalars, *pointers))):
+        assert of_triton._get_np_dtype(dtype) == interpreter._dtype(dtype), dtype
 
 
 def test_a_loop_of_calls_maps_no_memory():

@@ -297,6 +297,18 @@ def test_any_number_of_tokens_can_be_exported(least, most):
     torch.export.export(Layer(), x, dynamic_shapes=(({2: T},) * 5,), strict=False)
 
 
+def test_of_one_piece_any_sizes_can_be_exported():
+    """Which tile they take is asked when the operator runs: no model is compiled anew for it."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, *inputs):
+            return launch._forward(*inputs, 0.5, "ieee")
+
+    K, V = (torch.export.Dim(name, min=2, max=128) for name in ("K", "V"))
+    shapes = ({3: K}, {3: K}, {3: V}, {3: K}, {3: K})
+    torch.export.export(Layer(), on_device(1, 1, 20, 3, 4)[:5], dynamic_shapes=(shapes,), strict=False)
+
+
 def test_every_chunk_leaves_its_share_of_o_in_a_place_of_its_own(keep, segments_of, halves):
     """On a GPU programs run at the same time; here, one after the other, two could share a place unnoticed."""
     segments_of(32)

@@ -6,12 +6,12 @@ With b_i the sum of gates from the middle to token i, counted negative on the si
 
 so that one product of matrices gives all scores of a direction. Exponents of both signs occur, bounded by what half a
 chunk forgets; `vig_ref/fused/launch.py` says how much that may be, and a program that finds more computes its tokens
-again by `vig_ref/fused/halving.py`. States are carried from middle to middle:
+again by `vig_ref/fused/halving.py`. States are carried from middle to middle (q comes with the operator's scale):
 
     S       the state at a chunk's middle, before the chunk's own tokens
     A       = (q exp(b)) (k exp(-b))^T, and 0 for every j not yet met at i
     o       = (q exp(b)) S + A v
-    S next  = exp(gates between the two middles) * (S + (k exp(-b))^T v)      the factor when the next chunk begins
+    S next  = exp(gates between the two middles) * (S + (k exp(-b))^T v)      (when the next chunk begins)
 
 Backward, dS goes the other way: the gradient by S + (k exp(-b))^T v. The gate of t acts on all that passes it: with
 before and behind in the order of the scan, and <S, dS> summed over V alone,
@@ -164,7 +164,8 @@ def _gradients(
     One of them was kept, rounded; the other is carried. S_dS `[BV, BK]` is their product, taken before the carried one
     was rounded for this call.
 
-    Returns dq, dk, dg, dv with what dS adds to it, the scores A, and q exp(b), which the next dS wants.
+    Returns dq, dk, dg, dv with what dS adds to it, the scores A, and what the carried state wants of the chunk: for S
+    (the walk's own scan) k exp(-b), for dS (the opposite, reverse one) q exp(b).
     """
     ACC: tl.constexpr = g.dtype
     zero_k = tl.zeros_like(g)
@@ -189,7 +190,7 @@ def _gradients(
     dg = dot(tl.full((C, S_dS.shape[0]), 1.0, ACC), S_dS, zero_k, DOT)  # <S, dS>, the same for all gates of the chunk
     dg += sums(ahead(REVERSE, True, C), qE.to(ACC) * dqE - kE.to(ACC) * dkE, DOT)  # over all tokens at t or behind
     dg += sums(ahead(not REVERSE, False, C), kE.to(ACC) * writes, DOT)  # over all tokens before t
-    return dq, dk, dg, dv, A, qE
+    return dq, dk, dg, dv, A, qE if REVERSE else kE
 
 
 @triton.jit
@@ -198,14 +199,14 @@ def states_anchored(
     scale, start, first, count, step, T, K, V,
     DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Keep S of the own scan, which goes along the walk, and dS of the opposite one, at each of its chunks.
+    """As `states_halving`; the states kept are those at the middle of a chunk, before its own tokens.
 
     Returns what leaves of both, and the smallest exponents met.
     """
     BV: tl.constexpr = S.shape[0]
     BK: tl.constexpr = S.shape[1]
     ACC: tl.constexpr = S.dtype
-    S_before = tl.zeros((ROWS // 2, BK), ACC)
+    S_before = tl.zeros((ROWS // 2, BK), ACC)  # the sum of gates behind the middle where S is
     dS_before = S_before
     lowest = S_before
     for i in tl.range(count, num_stages=STAGES):
@@ -240,11 +241,11 @@ def gradients_anchored(
     scale, start, first, count, step, T, K, V,
     DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of a walk's chunks. S of its scan and dS of the opposite one are carried, the others were kept."""
+    """As `gradients_halving`."""
     BV: tl.constexpr = S.shape[0]
     BK: tl.constexpr = S.shape[1]
     ACC: tl.constexpr = S.dtype
-    S_before = tl.zeros((ROWS // 2, BK), ACC)
+    S_before = tl.zeros((ROWS // 2, BK), ACC)  # the sum of gates behind the middle where S is
     dS_before = S_before
     for i in tl.range(count, num_stages=STAGES):
         n = first + i * step
@@ -279,11 +280,11 @@ def gradients_anchored(
             b_g = load_gate(g_own, at, T, K, C, BK, ACC)
             b_dS = kept(p_dS, n - start, dg_own, dq, dk, n * C, T, C, BV, BK)
             S, _, S_before = _advance(S, S_before, b_g, DOT)
-            part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
+            part_dq, part_dk, b_dg, b_dv, part_A, b_kE = _gradients(
                 b_q, b_k, b_v, b_do, b_dv, dA, b_g, S.to(b_dS.dtype), b_dS, S * b_dS.to(ACC), scale,
                 False, DOT,
             )  # fmt: skip
-            S = dot(b_vT, b_k.to(ACC) * exp2(negative(sums(_middle(False), b_g, DOT)), DOT), S, DOT)
+            S = dot(b_vT, b_kE, S, DOT)
             b_dq += part_dq
             b_dk += part_dk
             A += part_A

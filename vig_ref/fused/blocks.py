@@ -30,7 +30,7 @@ C = tl.constexpr(16)
 
 @triton.jit
 def sequence(x, i_b, i_h, i_d):
-    """One sequence of a tensor, from feature i_d on. int64: offsets may exceed 2^31."""
+    """One sequence of a tensor, from feature i_d on. Indices have 64 bits: offsets may exceed 2^31."""
     pointer, stride_b, stride_h, stride_t, stride_d = x
     return pointer + i_b * stride_b + i_h * stride_h + i_d * stride_d, stride_t, stride_d
 
@@ -94,10 +94,10 @@ def scratch(p, i, BV: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _in_gradients(g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+def _in_gradients(dg, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
     """Addresses `[BV, BK]` of a bfloat16 state in the memory of gradients that are written later, and a mask.
 
-    i_t is the chunk's leftmost token. g is dg (float32), with room for two rows of a state a token; x_0 is dv, with
+    i_t is the chunk's leftmost token. dg is float32, with room for two rows of a state a token; x_0 is dv, with
     two, or x_0, x_1 are dq, dk, with one each, and equal strides. So with C = 16, BV = 64: rows 0 to 31 in dg, 32 to
     63 in dv, or 32 to 47 in dq, 48 to 63 in dk. Features are contiguous. Only the last chunk lacks tokens, where
     states from the right are 0.
@@ -105,7 +105,7 @@ def _in_gradients(g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl
     row = tl.arange(0, BV)[:, None]
     col = tl.arange(0, BK)[None, :]
     token = i_t + row % (2 * C) // 2
-    p = g[0].to(tl.pointer_type(tl.bfloat16)) + (token * (2 * g[1]) + row % 2 * BK + col)
+    p = dg[0].to(tl.pointer_type(tl.bfloat16)) + (token * (2 * dg[1]) + row % 2 * BK + col)
     if BV > 2 * C:
         if x_1 is None:
             p_x = x_0[0] + (token * x_0[1] + row % 2 * BK + col)
@@ -113,14 +113,14 @@ def _in_gradients(g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl
             token = tl.where(row < 2 * C, token, i_t + row % C)
             p_x = tl.where(row < 3 * C, x_0[0], x_1[0]) + (token * x_0[1] + col)
         p = tl.where(row < 2 * C, p, p_x)
-    return p, (token < T) & (col < BK)
+    return p, (token < T) & (col < BK)  # as wide as the state; there is no other column
 
 
 @triton.jit
-def keep(S, p_states, i, g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+def keep(S, p_states, i, dg, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
     """Keep the i-th chunk's state for the second walk: in scratch memory, or else where its gradients will be."""
     if p_states is None:
-        p, there = _in_gradients(g, x_0, x_1, i_t, T, C, BV, BK)
+        p, there = _in_gradients(dg, x_0, x_1, i_t, T, C, BV, BK)
         tl.store(p, S.to(p.dtype.element_ty), mask=there)
     else:
         p = scratch(p_states, i, BV, BK)
@@ -128,10 +128,10 @@ def keep(S, p_states, i, g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr,
 
 
 @triton.jit
-def kept(p_states, i, g, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
-    """The state that was kept."""
+def kept(p_states, i, dg, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+    """The state that was kept. As in `other_share`, all have read it before any writes a gradient over it."""
     if p_states is None:
-        p, there = _in_gradients(g, x_0, x_1, i_t, T, C, BV, BK)
+        p, there = _in_gradients(dg, x_0, x_1, i_t, T, C, BV, BK)
         return tl.load(p, mask=there, other=0.0)
     else:
         return tl.load(scratch(p_states, i, BV, BK))

@@ -143,7 +143,10 @@ def states_halving(
     scale, start, first, count, step, T, K, V,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """As `states_anchored`; the states kept are those that enter a chunk. Returns what leaves of both."""
+    """Keep S of the own scan, which goes along the walk, and dS of the opposite one, as they enter each of its chunks.
+
+    start: the segment's leftmost chunk; first: the one that the walk meets first. Returns what leaves of both.
+    """
     BV: tl.constexpr = S.shape[0]
     BK: tl.constexpr = S.shape[1]
     ACC: tl.constexpr = S.dtype
@@ -171,7 +174,7 @@ def gradients_halving(
     scale, start, first, count, step, T, K, V,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """As `gradients_anchored`."""
+    """All gradients of a walk's chunks. S of its scan and dS of the opposite one are carried, the others were kept."""
     BV: tl.constexpr = S.shape[0]
     BK: tl.constexpr = S.shape[1]
     ACC: tl.constexpr = S.dtype

@@ -24,12 +24,12 @@ rows of the states belong to one block each, while dq, dk and dg are sums over t
 
 A sequence longer than `launch.SEGMENT` is cut. If there are enough of them to fill a GPU, and both gates are there and
 of one dtype, into two halves, each met by a program from its outer end, and then by the other: `half_kernel`, and
-`backward_kernel` with HALVES.
+`backward_kernel` with HALVES. (The halves of `halving.py` are others: those of a chunk.)
 
     first launch      half 0: S_fwd ->        half 1:        <- S_rev        shares of o (backward: states) are left
     second launch     half 0:        <- S_rev half 1: S_fwd ->               and found, and o (the gradients) written
 
-The states go from one launch to the next through memory; no program waits for another, or reads a token twice.
+The states go from one launch to the next through memory; no program waits for another, or meets a token twice.
 Otherwise into as many segments as it takes, and two small kernels come first: `segment_kernel` finds what each segment
 adds to the states, `combine_kernel` what enters each segment.
 """
@@ -226,12 +226,13 @@ def backward_kernel(
 ):  # fmt: skip
     """All gradients of `forward_kernel` in two launches, a walk each; SECOND: the one that writes them.
 
-    A direction whose scan goes along the first walk is the opposite one of the second. So S lies in the memory of its
-    own gate's dg and of dv, and dS in that of its gate's dg and of dq, dk, whichever walk looks.
+    A direction's S is kept in the memory of its dg and of dv, its dS in that of its dg and of dq and dk. The scan that
+    was the first walk's own is the second's opposite one: what was kept with dg_own is found with dg_opp.
 
     p_S, p_dS: memory for the states of all chunks, if they do not go where gradients will be.
     p_S_enter, p_dS_enter: as in `forward_kernel`; with HALVES where the first walk leaves, for the second, the state of
-    a program's own scan and the gradient of the opposite one's, as p_S_meet in `half_kernel`.
+    a program's own scan and the gradient of the opposite one's, as p_S_meet in `half_kernel`: S_fwd and dS_rev come
+    first, and then S_rev and dS_fwd.
     p_exact: for each program of the first walk, whether that found the fast path exact. Both walks meet the same sums
     of gates.
     """
@@ -369,7 +370,7 @@ def combine_kernel(
     cell = tl.program_id(2) * CELLS + tl.arange(0, CELLS)
     step = 1 if i_direction == (1 if GRADIENT else 0) else -1  # the scan's: S_fwd and dS_rev go to the right
     first = (i_block * 2 + i_direction) * SEGMENTS + _first(0, SEGMENTS, step)
-    p_enter = p_state + first * BV * BK  # one for all cells, and apart from what is loaded: it is not fetched ahead
+    p_enter = p_state + first * BV * BK  # apart from what is loaded, and so not fetched ahead
     S = tl.zeros((CELLS,), p_state.dtype.element_ty)
     for i in tl.range(SEGMENTS, num_stages=4, loop_unroll_factor=4):
         i_segment = first + i * step

@@ -29,29 +29,29 @@ class Warps(NamedTuple):
 #: of 64 rows by four warps are wrong in Triton 3.6.)
 TILES = {(16, 32): Warps(1, 2, 4, 4), (32, 64): Warps(2, 4, 2, 4), (128, 32): Warps(4, 8, 8, 8)}
 #: Registers of a thread in `forward_kernel` and `segment_kernel`, where the compiler would take more than it needs.
-#: With bfloat16 six programs of two warps, twelve of one, then share a multiprocessor. With fewer, or so many
-#: elsewhere, they spill.
+#: With bfloat16 six programs of two warps, twelve of one, then share a multiprocessor. With fewer registers they spill,
+#: and so do the other kernels with these.
 REGISTERS = {(16, 32): 168, (32, 64): 168}
 MAX_K = max(BK for BK, _ in TILES)
 #: Tokens of a sequence that is not cut, and of a segment at most, unless that makes more than MAX_SEGMENTS. A multiple
 #: of CHUNK.
 SEGMENT = 256
 MAX_SEGMENTS = 256
-#: From so many sequences on (one for each batch, head and block of V), two programs each fill an H200, which has 132
-#: multiprocessors. Then a long one is only halved.
+#: From so many sequences on, counted once for each block of V, two programs for each fill an H200, which has 132
+#: multiprocessors. Then long ones are halved, not cut into segments.
 MANY = 128
 #: The smallest exponent, in base 2, with which the fast path may go on: a sum of gates between the middles of
 #: neighbouring chunks, or from an end to the middle next to it. The forward pass multiplies by exp(b) and exp(-b), and
-#: 2^40 leaves q, k and v most of the range of float32, from 2^-126 to 2^128. In the gates' gradients, terms of size 1
+#: 2^40 leaves q, k and v most of the range of float32, up to 2^88 of 2^128. In the gates' gradients, terms of size 1
 #: cancel to terms of size 2^BOUND, which must not be lost in the roundoff of sums.
 BOUND = -40.0
 BOUND_BACKWARD = {"bf16": -8.0, "tf32": -8.0, "ieee": -2.0}
-#: Chunks in shared memory, all but one fetched ahead, for bfloat16 in the tiles of ViG. In others they would not fit,
-#: but for those of `segment_kernel`.
+#: Chunks in shared memory, all but one fetched ahead, for bfloat16. In the tile that is not of ViG only those of
+#: `segment_kernel` would fit; the other kernels fetch nothing ahead there.
 STAGES = 3
-#: Others for the first walk of the backward pass, which loads less, and where few programs hide little: in
-#: `half_kernel`, and in `segment_kernel` if there are `_few`.
+#: The same for the first walk of the backward pass, which loads less.
 STATES_STAGES = 4
+#: The same where few programs hide little of each other's waits: `half_kernel`, and `segment_kernel` if `_few`.
 MORE_STAGES = 5
 #: Bytes of a cache line.
 LINE = 128
@@ -96,7 +96,7 @@ def _checked(
             f"backend 'fused' needs CUDA tensors, got {q.device.type}; {instead}, or set TRITON_INTERPRET=1 before "
             "Python starts to run the kernel in Triton's interpreter (slow, for learning and testing)"
         )
-    if torch.version.hip:
+    if torch.version.hip and not INTERPRETED:
         raise ValueError(f"backend 'fused' is written for NVIDIA GPUs, got an AMD one; {instead}")
     if not INTERPRETED and q.dtype == torch.float64:
         raise ValueError(f"backend 'fused' takes float32, float16 and bfloat16, got float64; {instead}")
@@ -115,23 +115,26 @@ def _refuse_tangents(*tensors: Tensor) -> None:
 class Cut(NamedTuple):
     """How a call is divided into programs, in both passes."""
 
-    halves: bool  # otherwise segments, or one piece
+    halves: bool  # or else segments, of which there may be one
     tile: tuple[int, int]  # BK, BV
-    grid: tuple[int, int, int]  # sequences, one for each batch and head; blocks of V; segments, or scans of two halves
-    sizes: tuple[int, int, int, int, int]  # H, T, K, V, and the tokens of a segment or of the first half
+    grid: tuple[int, int, int]  # sequences, one for each batch and head; blocks of V; scans of two halves, or segments
+    sizes: tuple[int, int, int, int, int]  # H, T, K, V, and the tokens of the first half, or of a segment
 
 
 def _cut(q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None) -> Cut:
-    """Halves where sequences are long and many, and both gates there and of one dtype: a program has one of them,
-    chosen when it runs. torch.export wants to know on which side of MANY a number of images is."""
+    """Long sequences into halves where they are many, otherwise into segments.
+
+    Halves want both gates, of one dtype: a program chooses one as it runs, and both need be pointers to one type.
+    torch.export has to know on which side of MANY a number of images is.
+    """
     B, H, T, V = v.shape
     K = q.shape[3]
     tile = _tile(K, V)
     sequences, blocks = B * H, _cdiv(V, tile[1])
     both = g_fwd is not None and g_rev is not None and g_fwd.dtype == g_rev.dtype
-    if both and T > SEGMENT and sequences * blocks >= MANY:
-        return Cut(True, tile, (sequences, blocks, 2), (H, T, K, V, _cdiv(T, 2 * CHUNK) * CHUNK))
-    return Cut(False, tile, (sequences, blocks, _segments(T)), (H, T, K, V, _segment(T)))
+    halves = both and T > SEGMENT and sequences * blocks >= MANY
+    programs, tokens = (2, _cdiv(T, 2 * CHUNK) * CHUNK) if halves else (_segments(T), _segment(T))
+    return Cut(halves, tile, (sequences, blocks, programs), (H, T, K, V, tokens))
 
 
 def _tile(K: int, V: int) -> tuple[int, int]:
@@ -155,7 +158,7 @@ def _forward(
                 for second in (False, True):
                     kernels.half_kernel[cut.grid](
                         *tensors, S_meet, scale, *cut.sizes,
-                        **half_constants(options, _dense(g_fwd, g_rev), _few(cut.grid), second),
+                        **half_constants(options, dense=_dense(g_fwd, g_rev), few=_few(cut.grid), second=second),
                     )
             else:
                 _enter(k, v, g_fwd, g_rev, 1.0, S_enter, False, cut, options)
@@ -184,7 +187,8 @@ def _backward(
     with _device(q):
         _enter(q, do, g_fwd, g_rev, scale, dS_enter, True, cut, options)
         for second in (False, True):
-            walk = backward_constants(options, cut.halves, cut.halves and _dense(g_fwd, g_rev), second)
+            dense = cut.halves and _dense(g_fwd, g_rev)
+            walk = backward_constants(options, halves=cut.halves, dense=dense, second=second)
             kernels.backward_kernel[cut.grid](
                 *(_strided(x) for x in (q, k, v, g_fwd, g_rev, do)),
                 dq, dk, dv, None if g_fwd is None else dg[0], None if g_rev is None else dg[-1], *states, *enter,
@@ -203,20 +207,23 @@ def _enter(
     """Fill `enter` with what enters each segment, if there are several. x, y: see `kernels.segment_kernel`."""
     if not enter.numel():
         return
-    blocks, _, segments, BV, _ = enter.shape
+    sequences, blocks, segments = cut.grid
+    BK, BV = cut.tile
     decay = _decays(enter)
     kernels.segment_kernel[cut.grid](
         *(_strided(each) for each in (x, y, g_fwd, g_rev)), enter, decay, scale, *cut.sizes,
         **segment_constants(options, gradient, _few(cut.grid)),
     )  # fmt: skip
     directions = (g_fwd is not None) + (g_rev is not None)
-    kernels.combine_kernel[blocks, directions, BV * options["BK"] // kernels.CELLS.value](
+    kernels.combine_kernel[sequences * blocks, directions, BV * BK // kernels.CELLS.value](
         enter, decay, segments, **combine_constants(options, g_fwd is not None, gradient)
     )
 
 
 @_forward.register_fake
 def _(q, k, v, g_fwd, g_rev, scale, precision):
+    if v.shape[2] <= SEGMENT:  # any K and V will do: torch.compile need not know which tile they take
+        return _empty(v), _nothing(v)
     return _empty(v), _entering(v, _cut(q, v, g_fwd, g_rev))
 
 
@@ -269,7 +276,8 @@ def _parts(x: Tensor, blocks: int) -> Tensor:
 
 
 def _meeting(v: Tensor, cut: Cut) -> Tensor:
-    """Memory for the states with which programs meet, `[B * H * blocks of V, directions, BV, BK]`."""
+    """Memory for the states with which programs meet, `[B * H * blocks of V, scans, BV, BK]`: a program's own, which
+    may be the gradient of the opposite scan's state."""
     sequences, blocks, _ = cut.grid
     BK, BV = cut.tile
     return v.new_empty(sequences * blocks, 2, BV, BK, dtype=_wide(v))
@@ -286,28 +294,35 @@ def _entering(v: Tensor, cut: Cut) -> Tensor:
     ViG. To find them again it would read 448.
     """
     sequences, blocks, segments = cut.grid
-    if cut.halves or segments == 1:
-        return v.new_empty(0, dtype=_wide(v))
+    if cut.halves or v.shape[2] <= SEGMENT:
+        return _nothing(v)
     BK, BV = cut.tile
     return v.new_empty(sequences * blocks, 2, segments, BV, BK, dtype=_wide(v))
 
 
 def _decays(enter: Tensor) -> Tensor:
-    """Memory for the log decay across each segment."""
+    """Memory for the log decay across each segment, `[B * H * blocks of V, directions, segments, BK]`."""
     return enter.new_empty(*enter.shape[:3], enter.shape[4])
 
 
+def _nothing(v: Tensor) -> Tensor:
+    """For no states: an operator of torch.library returns tensors."""
+    return v.new_empty(0, dtype=_wide(v))
+
+
 def _or_none(x: Tensor) -> Tensor | None:
+    """As the kernels take it."""
     return x if x.numel() else None
 
 
 def _states(v: Tensor, grads: list[Tensor], cut: Cut, options: dict) -> Tensor:
-    """Scratch memory for a state of every chunk; none if both states fit in the memory of the chunk's gradients.
+    """Scratch memory for a state of every chunk, `[chunks, BV, BK]`; none if both of its states fit in the memory of
+    its gradients.
 
     They do where heads fill their tile, as ViG's, with bfloat16 and gates in float32: see `blocks._in_gradients`.
     """
     BK, BV = cut.tile
-    *_, K, V, tokens = cut.sizes
+    _, _, K, V, tokens = cut.sizes
     full = (K, V) == (BK, BV) and BV <= 4 * CHUNK
     if full and options["DOT"] == "bf16" and all(dg.dtype == torch.float32 for dg in grads[3:]):
         return v.new_empty(0)
@@ -411,7 +426,7 @@ def constants(
     }  # fmt: skip
 
 
-def half_constants(options: dict, dense: bool, few: bool, second: bool) -> dict:
+def half_constants(options: dict, *, dense: bool, few: bool, second: bool) -> dict:
     """The compile-time constants of `half_kernel`. few: see `_few`."""
     ahead = {"STAGES": MORE_STAGES} if options["STAGES"] > 1 else {}
     early = few and options["BK"] < 32  # one warp, with bfloat16; other dtypes too, so that tests without a GPU meet it
@@ -419,7 +434,7 @@ def half_constants(options: dict, dense: bool, few: bool, second: bool) -> dict:
     return options | ahead | walk
 
 
-def backward_constants(options: dict, halves: bool, dense: bool, second: bool) -> dict:
+def backward_constants(options: dict, *, halves: bool, dense: bool, second: bool) -> dict:
     """The compile-time constants of `backward_kernel`."""
     ahead = {"STAGES": STATES_STAGES} if options["STAGES"] > 1 and not second else {}
     walk = {"DENSE": dense, "HALVES": halves, "SECOND": second, "BOUND": BOUND_BACKWARD[options["DOT"]]}
