@@ -439,7 +439,7 @@ ch02.times(sizes, [predicted[C] for C in sizes], [measured[C] for C in sizes], (
 # flat valley.*
 #
 # The model is crude: it knows nothing of arithmetic, of caches, or of what else this machine was doing, and your
-# numbers will differ. It comes near for the loop, which is almost nothing but overhead, and is too hopeful for the
+# numbers will differ. It comes nearer for the loop, which is almost nothing but overhead, and is too hopeful for the
 # chunks, where the arithmetic that it leaves out is a good part of the time. It is good for one thing, and that is
 # what a prediction is for: it says *why* chunks win. Not because they compute less, which with C = 64 they do not.
 # The loop multiplies 3KV times a token (fade, write, read); chunks 2KV times to write and read the state, KV/C times
