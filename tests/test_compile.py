@@ -200,9 +200,7 @@ def compile_one(kernels, tile, dtype, dot, kind):
     if kind.kernel == "half_kernel":
         options = launch.half_constants(options, dense=not kind.strided, few=kind.few, second=kind.second)
     if backward:
-        options = launch.backward_constants(
-            options, halves=kind.halves, dense=not kind.strided, second=kind.second
-        )
+        options = launch.backward_constants(options, halves=kind.halves, dense=not kind.strided, second=kind.second)
     if kind.kernel == "segment_kernel":
         options = launch.segment_constants(options, kind.own, kind.few)
     if kind.kernel == "combine_kernel":

@@ -184,10 +184,10 @@ def _backward(
     states = [_or_none(_states(v, parts, cut, options)) for _ in range(2)]
     enter = [_meeting(v, cut) for _ in range(2)] if cut.halves else [_or_none(S_enter), _or_none(dS_enter)]
     exact = q.new_empty(math.prod(cut.grid), dtype=torch.int32)
+    dense = cut.halves and _dense(g_fwd, g_rev)
     with _device(q):
         _enter(q, do, g_fwd, g_rev, scale, dS_enter, True, cut, options)
         for second in (False, True):
-            dense = cut.halves and _dense(g_fwd, g_rev)
             walk = backward_constants(options, halves=cut.halves, dense=dense, second=second)
             kernels.backward_kernel[cut.grid](
                 *(_strided(x) for x in (q, k, v, g_fwd, g_rev, do)),
@@ -325,7 +325,7 @@ def _states(v: Tensor, grads: list[Tensor], cut: Cut, options: dict) -> Tensor:
     _, _, K, V, tokens = cut.sizes
     full = (K, V) == (BK, BV) and BV <= 4 * CHUNK
     if full and options["DOT"] == "bf16" and all(dg.dtype == torch.float32 for dg in grads[3:]):
-        return v.new_empty(0)
+        return _nothing(v)
     chunks = math.prod(cut.grid) * (tokens // CHUNK)
     return v.new_empty(chunks, BV, BK, dtype=_rounded(v, options))
 
