@@ -78,7 +78,7 @@ def forward_anchored(
 @triton.jit
 def states_anchored(
     q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-    scale, start, first, count, step, T, K, V,
+    scale, first, count, step, T, K, V,
     DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     BV: tl.constexpr = S.shape[0]
@@ -92,11 +92,11 @@ def states_anchored(
         if g_own is not None:
             b_sum += load(g_own, at, T, K, C, BK).to(ACC) + load(k, at, T, K, C, BK).to(ACC)
             b_sumT += load(v, at, T, V, C, BV, TRANSPOSED=True).to(ACC)
-            keep(S, p_S, n - start, dg_own, dv, None, n * C, T, C, BV, BK)
+            keep(S, p_S, n, dg_own, dv, None, T, C, BV, BK)
         if g_opp is not None:
             b_sum += load(g_opp, at, T, K, C, BK).to(ACC) + load(q, at, T, K, C, BK).to(ACC)
             b_sumT += load(do, at, T, V, C, BV, TRANSPOSED=True).to(ACC)
-            keep(dS, p_dS, n - start, dg_opp, dq, dk, n * C, T, C, BV, BK)
+            keep(dS, p_dS, n, dg_opp, dq, dk, T, C, BV, BK)
     total = _sum(b_sum, b_sumT)
     return S + total, dS + total, tl.zeros((ROWS // 2, BK), ACC) + 0.0 * total
 
@@ -104,7 +104,7 @@ def states_anchored(
 @triton.jit
 def gradients_anchored(
     q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-    scale, start, first, count, step, T, K, V,
+    scale, first, count, step, T, K, V,
     DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     BV: tl.constexpr = S.shape[0]
@@ -124,11 +124,11 @@ def gradients_anchored(
             b_sumT += load(do, at, T, V, C, BV, TRANSPOSED=True).to(ACC)
         if g_opp is not None:
             b_g = load(g_opp, at, T, K, C, BK)
-            b_sum += kept(p_S, n - start, dg_opp, dv, None, n * C, T, C, BV, BK).to(ACC)
+            b_sum += kept(p_S, n, dg_opp, dv, None, T, C, BV, BK).to(ACC)
             store(dg_opp, b_g, at, T, K, C, BK)
         if g_own is not None:
             b_g = load(g_own, at, T, K, C, BK)
-            b_sum += kept(p_dS, n - start, dg_own, dq, dk, n * C, T, C, BV, BK).to(ACC)
+            b_sum += kept(p_dS, n, dg_own, dq, dk, T, C, BV, BK).to(ACC)
             store(dg_own, b_g, at, T, K, C, BK)
         store(dq, b_q, at, T, K, C, BK)
         store(dk, b_k, at, T, K, C, BK)

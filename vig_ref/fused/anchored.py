@@ -196,7 +196,7 @@ def _gradients(
 @triton.jit
 def states_anchored(
     q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-    scale, start, first, count, step, T, K, V,
+    scale, first, count, step, T, K, V,
     DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `states_halving`; the states kept are those at the middle of a chunk, before its own tokens.
@@ -225,10 +225,10 @@ def states_anchored(
             b_qE = load(q, at, T, K, C, BK).to(ACC) * (exp2(sums(_middle(True), b_g, DOT), DOT) * scale)
             b_qE = operand(b_qE, ACC, DOT)
         if g_own is not None:
-            keep(S, p_S, n - start, dg_own, dv, None, n * C, T, C, BV, BK)
+            keep(S, p_S, n, dg_own, dv, None, T, C, BV, BK)
             S = dot(load(v, at, T, V, C, BV, TRANSPOSED=True), b_kE, S, DOT)
         if g_opp is not None:
-            keep(dS, p_dS, n - start, dg_opp, dq, dk, n * C, T, C, BV, BK)
+            keep(dS, p_dS, n, dg_opp, dq, dk, T, C, BV, BK)
             dS = dot(load(do, at, T, V, C, BV, TRANSPOSED=True), b_qE, dS, DOT)
     S = scale_columns(S, exp2(S_before, DOT))
     dS = scale_columns(dS, exp2(dS_before, DOT))
@@ -238,7 +238,7 @@ def states_anchored(
 @triton.jit
 def gradients_anchored(
     q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-    scale, start, first, count, step, T, K, V,
+    scale, first, count, step, T, K, V,
     DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `gradients_halving`."""
@@ -265,7 +265,7 @@ def gradients_anchored(
         A = tl.zeros((C, C), ACC)
         if g_opp is not None:
             b_g = load_gate(g_opp, at, T, K, C, BK, ACC)
-            b_S = kept(p_S, n - start, dg_opp, dv, None, n * C, T, C, BV, BK)
+            b_S = kept(p_S, n, dg_opp, dv, None, T, C, BV, BK)
             dS, _, dS_before = _advance(dS, dS_before, b_g, DOT)
             part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
                 b_q, b_k, b_v, b_do, b_dv, dA, b_g, b_S, dS.to(b_S.dtype), b_S.to(ACC) * dS, scale,
@@ -278,7 +278,7 @@ def gradients_anchored(
             store(dg_opp, tl.where(token == (T - 1 if step > 0 else 0), 0.0, b_dg), at, T, K, C, BK)  # the scan's first
         if g_own is not None:
             b_g = load_gate(g_own, at, T, K, C, BK, ACC)
-            b_dS = kept(p_dS, n - start, dg_own, dq, dk, n * C, T, C, BV, BK)
+            b_dS = kept(p_dS, n, dg_own, dq, dk, T, C, BV, BK)
             S, _, S_before = _advance(S, S_before, b_g, DOT)
             part_dq, part_dk, b_dg, b_dv, part_A, b_kE = _gradients(
                 b_q, b_k, b_v, b_do, b_dv, dA, b_g, S.to(b_dS.dtype), b_dS, S * b_dS.to(ACC), scale,

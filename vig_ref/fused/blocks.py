@@ -94,16 +94,16 @@ def scratch(p, i, BV: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _in_gradients(dg, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
-    """Addresses `[BV, BK]` of a bfloat16 state in the memory of gradients that are written later, and a mask.
+def _in_gradients(n, dg, x_0, x_1, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+    """Addresses `[BV, BK]` of a bfloat16 state in the memory of the n-th chunk's gradients, written later, and a mask.
 
-    i_t is the chunk's leftmost token. dg is float32, with room for two rows of a state a token; x_0 is dv, with
-    two, or x_0, x_1 are dq, dk, with one each, and equal strides. So with C = 16, BV = 64: rows 0 to 31 in dg, 32 to
-    63 in dv, or 32 to 47 in dq, 48 to 63 in dk. Features are contiguous. Only the last chunk lacks tokens, where
-    states from the right are 0.
+    dg is float32, with room for two rows of a state a token; x_0 is dv, with two, or x_0, x_1 are dq, dk, with one
+    each, and equal strides. So with C = 16, BV = 64: rows 0 to 31 in dg, 32 to 63 in dv, or 32 to 47 in dq, 48 to 63 in
+    dk. Features are contiguous. Only the last chunk lacks tokens, where states from the right are 0.
     """
     row = tl.arange(0, BV)[:, None]
     col = tl.arange(0, BK)[None, :]
+    i_t = n * C
     token = i_t + row % (2 * C) // 2
     p = dg[0].to(tl.pointer_type(tl.bfloat16)) + (token * (2 * dg[1]) + row % 2 * BK + col)
     if BV > 2 * C:
@@ -117,24 +117,24 @@ def _in_gradients(dg, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: t
 
 
 @triton.jit
-def keep(S, p_states, i, dg, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
-    """Keep the i-th chunk's state for the second walk: in scratch memory, or else where its gradients will be."""
+def keep(S, p_states, n, dg, x_0, x_1, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+    """Keep the n-th chunk's state for the second walk: in scratch memory, or else where its gradients will be."""
     if p_states is None:
-        p, there = _in_gradients(dg, x_0, x_1, i_t, T, C, BV, BK)
+        p, there = _in_gradients(n, dg, x_0, x_1, T, C, BV, BK)
         tl.store(p, S.to(p.dtype.element_ty), mask=there)
     else:
-        p = scratch(p_states, i, BV, BK)
+        p = scratch(p_states, n, BV, BK)
         tl.store(p, S.to(p.dtype.element_ty))
 
 
 @triton.jit
-def kept(p_states, i, dg, x_0, x_1, i_t, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+def kept(p_states, n, dg, x_0, x_1, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
     """The state that was kept. As in `other_share`, all have read it before any writes a gradient over it."""
     if p_states is None:
-        p, there = _in_gradients(dg, x_0, x_1, i_t, T, C, BV, BK)
+        p, there = _in_gradients(n, dg, x_0, x_1, T, C, BV, BK)
         return tl.load(p, mask=there, other=0.0)
     else:
-        return tl.load(scratch(p_states, i, BV, BK))
+        return tl.load(scratch(p_states, n, BV, BK))
 
 
 @triton.jit

@@ -140,12 +140,12 @@ def forward_halving(
 @triton.jit
 def states_halving(
     q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-    scale, start, first, count, step, T, K, V,
+    scale, first, count, step, T, K, V,
     DOT: tl.constexpr,
 ):  # fmt: skip
     """Keep S of the own scan, which goes along the walk, and dS of the opposite one, as they enter each of its chunks.
 
-    start: the segment's leftmost chunk; first: the one that the walk meets first. Returns what leaves of both.
+    first: the chunk that the walk meets first. Returns what leaves of both.
     """
     BV: tl.constexpr = S.shape[0]
     BK: tl.constexpr = S.shape[1]
@@ -154,13 +154,13 @@ def states_halving(
         n = first + i * step
         at = chunk(n, step, C)
         if g_own is not None:
-            keep(S, p_S, n - start, dg_own, dv, None, n * C, T, C, BV, BK)
+            keep(S, p_S, n, dg_own, dv, None, T, C, BV, BK)
             b_k = load(k, at, T, K, C, BK)
             b_v = load(v, at, T, V, C, BV)
             b_g = load_any_gate(g_own, at, T, K, C, BK, ACC)
             S = carry(S, b_g, b_k, b_v, False, DOT)
         if g_opp is not None:
-            keep(dS, p_dS, n - start, dg_opp, dq, dk, n * C, T, C, BV, BK)
+            keep(dS, p_dS, n, dg_opp, dq, dk, T, C, BV, BK)
             b_q = load(q, at, T, K, C, BK).to(ACC) * scale
             b_do = load(do, at, T, V, C, BV)
             b_g = load_any_gate(g_opp, at, T, K, C, BK, ACC)
@@ -171,7 +171,7 @@ def states_halving(
 @triton.jit
 def gradients_halving(
     q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-    scale, start, first, count, step, T, K, V,
+    scale, first, count, step, T, K, V,
     DOT: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a walk's chunks. S of its scan and dS of the opposite one are carried, the others were kept."""
@@ -194,7 +194,7 @@ def gradients_halving(
         dA = dot(b_do, tl.trans(b_v), A, DOT)
         if g_opp is not None:
             b_g = load_any_gate(g_opp, at, T, K, C, BK, ACC)
-            b_S = kept(p_S, n - start, dg_opp, dv, None, n * C, T, C, BV, BK).to(ACC)
+            b_S = kept(p_S, n, dg_opp, dv, None, T, C, BV, BK).to(ACC)
             part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, b_S, dS, True, DOT)
             part_dq, part_dk, b_dg, part_A, part_dv = part
             b_dq += part_dq
@@ -205,7 +205,7 @@ def gradients_halving(
             dS = carry(dS, b_g, b_q, b_do, True, DOT)
         if g_own is not None:
             b_g = load_any_gate(g_own, at, T, K, C, BK, ACC)
-            b_dS = kept(p_dS, n - start, dg_own, dq, dk, n * C, T, C, BV, BK).to(ACC)
+            b_dS = kept(p_dS, n, dg_own, dq, dk, T, C, BV, BK).to(ACC)
             part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, S, b_dS, False, DOT)
             part_dq, part_dk, b_dg, part_A, part_dv = part
             b_dq += part_dq

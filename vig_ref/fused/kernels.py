@@ -269,7 +269,7 @@ def backward_kernel(
         K = BK
         V = BV
     else:
-        i_state = (i_block * SEGMENTS + i_s) * (SEGMENT // C) * BV * BK
+        i_state = i_block * tl.cdiv(T, C) * BV * BK
         p_S += i_state
         p_dS += i_state
     first = _first(start, count, step)
@@ -279,7 +279,7 @@ def backward_kernel(
     if not SECOND:
         S_end, dS_end, lowest = states_anchored(
             q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-            scale, start, first, count, step, T, K, V, DOT, STAGES,
+            scale, first, count, step, T, K, V, DOT, STAGES,
         )  # fmt: skip
         exact = _exact(lowest, BOUND)
         tl.store(p_exact, exact.to(tl.int32))
@@ -287,7 +287,7 @@ def backward_kernel(
             tl.debug_barrier()  # the fast path's last stores come before what is written over them
             S_end, dS_end = states_halving(
                 q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-                scale, start, first, count, step, T, K, V, DOT,
+                scale, first, count, step, T, K, V, DOT,
             )  # fmt: skip
         if HALVES:
             tl.store(scratch(p_S_enter, i_own, BV, BK), S_end)
@@ -295,12 +295,12 @@ def backward_kernel(
     elif tl.load(p_exact) != 0:
         gradients_anchored(
             q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-            scale, start, first, count, step, T, K, V, DOT, STAGES,
+            scale, first, count, step, T, K, V, DOT, STAGES,
         )  # fmt: skip
     else:
         gradients_halving(
             q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-            scale, start, first, count, step, T, K, V, DOT,
+            scale, first, count, step, T, K, V, DOT,
         )  # fmt: skip
 
 

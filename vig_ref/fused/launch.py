@@ -322,12 +322,12 @@ def _states(v: Tensor, grads: list[Tensor], cut: Cut, options: dict) -> Tensor:
     They do where heads fill their tile, as ViG's, with bfloat16 and gates in float32: see `blocks._in_gradients`.
     """
     BK, BV = cut.tile
-    _, _, K, V, tokens = cut.sizes
+    _, T, K, V, _ = cut.sizes
     full = (K, V) == (BK, BV) and BV <= 4 * CHUNK
     if full and options["DOT"] == "bf16" and all(dg.dtype == torch.float32 for dg in grads[3:]):
         return _nothing(v)
-    chunks = math.prod(cut.grid) * (tokens // CHUNK)
-    return v.new_empty(chunks, BV, BK, dtype=_rounded(v, options))
+    sequences, blocks, _ = cut.grid
+    return v.new_empty(sequences * blocks * _cdiv(T, CHUNK), BV, BK, dtype=_rounded(v, options))
 
 
 def _share(o: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, options: dict) -> Tensor:
