@@ -298,7 +298,7 @@ def test_dyadic_results_are_the_true_ones():
 @interpreted
 def test_a_broken_kernel_is_seen(monkeypatch):
     """A token that no longer reads itself, in the interpreted kernel: the dyadic tier turns red."""
-    monkeypatch.setattr(anchored, "_reads", lambda REVERSE: blocks.ahead(not REVERSE, False, blocks.C))
+    monkeypatch.setattr(anchored, "_reads", lambda REVERSE: blocks.ahead(not REVERSE, False))
     x = dyadic(17, 5, 7, seed=0, weak=True)
     with pytest.raises(AssertionError, match="fused"):
         equal_bits(fused, x, evaluate(naive.bidirectional_gla, x, scale=2.0), 2.0)

@@ -47,7 +47,7 @@ import vig_ref
 from vig_ref import tolerance, traffic
 from vig_ref.chunked import chunks
 from vig_ref.fused import anchored, blocks, kernels, launch
-from vig_ref.fused.blocks import LOG2E, ahead, chunk, dot, load, sequence, store, sums
+from vig_ref.fused.blocks import LOG2E, C, ahead, chunk, dot, load, sequence, store, sums
 
 # A kernel may try a fast form first, and compute again where that overflows; the interpreter would say so each time.
 warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
@@ -88,10 +88,10 @@ def alpha_kernel(p_g, p_alpha, p_who, T, C: tl.constexpr):
     tl.store(p_who + i, tl.program_id(0), mask=i < T)  # only for us to see
 
 
-T, C = 37, 16
+T = 37
 g = -torch.rand(T, generator=torch.Generator().manual_seed(0))
 alpha, who = torch.full((T,), torch.nan), torch.full((T,), -1)
-alpha_kernel[(triton.cdiv(T, C),)](g, alpha, who, T, C=C)  # [grid]: how many programs
+alpha_kernel[(triton.cdiv(T, 16),)](g, alpha, who, T, C=16)  # [grid]: how many programs
 equal("alpha_kernel = exp", alpha, g.exp())
 print("which program wrote which token:", *who.tolist())
 
@@ -108,7 +108,7 @@ print("which program wrote which token:", *who.tolist())
 # | `mask` | which addresses exist. 37 is not a multiple of 16, and behind the end lies somebody else's memory |
 
 # %%
-ch03.programs(T, C)
+ch03.programs(T, 16)
 
 # %% [markdown]
 # *Three programs of C = 16 tokens for T = 37. The hatched part is masked: loads give `other`, stores do nothing.*
@@ -132,7 +132,7 @@ for function in (blocks.chunk, blocks.tokens, blocks.tile, blocks.load):
 # 1 to the right or −1 to the left. Hold on to that: it will save us half of the work. A token's number has
 # 64 bits where an offset inside the sequence may reach $2^{31}$ (the launcher looks, in `_far`), and all offsets with
 # it; where none can, 32 bits do, for fewer instructions. BK is K rounded up to a power of two; columns beyond K are
-# masked too.
+# masked too. C, the tokens of a chunk, is a constant of the library: 16.
 #
 # ## 2. Sums of gates, by a matrix product
 #
@@ -154,12 +154,12 @@ show(blocks.sums)
 
 # %%
 @triton.jit
-def decay_kernel(g, E, T, K, C: tl.constexpr, BK: tl.constexpr):
+def decay_kernel(g, E, T, K, BK: tl.constexpr):
     n = tl.program_id(0)  # one program a chunk
-    b_g = load(g, chunk(n, 1, C), T, K, C, BK) * LOG2E  # [C, BK]
-    M = ahead(True, True, C)  # 1 from the left edge to token i, itself included  [C, C]
+    b_g = load(g, chunk(n, 1), T, K, BK) * LOG2E  # [C, BK]
+    M = ahead(True, True)  # 1 from the left edge to token i, itself included  [C, C]
     b = sums(M, b_g, "ieee")  # M g  [C, BK]
-    store(E, tl.exp2(b), chunk(n, 1, C), T, K, C, BK)
+    store(E, tl.exp2(b), chunk(n, 1), T, K)
 
 
 def sequence_of(x):
@@ -168,7 +168,7 @@ def sequence_of(x):
 
 x = tolerance.draw(B=1, H=1, T=37, K=6, V=10, regime="vig")
 E = torch.empty_like(x.g_fwd)
-decay_kernel[(3,)](sequence_of(x.g_fwd), sequence_of(E), 37, 6, C=16, BK=16)
+decay_kernel[(3,)](sequence_of(x.g_fwd), sequence_of(E), 37, 6, BK=16)
 E_chunked = torch.exp(chunks.decay_to(chunks.cut(x.g_fwd, 16), reverse=False)).flatten(2, 3)[:, :, :37]
 equal("E = exp2(M g), kernel = chunked", E, E_chunked)
 
@@ -194,20 +194,20 @@ equal("E = exp2(M g), kernel = chunked", E, E_chunked)
 
 # %%
 @triton.jit
-def chunk_kernel(q, k, v, g, o, T, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    at = chunk(0, 1, C)
-    b_q, b_k, b_v = load(q, at, T, K, C, BK), load(k, at, T, K, C, BK), load(v, at, T, V, C, BV)
-    b = sums(ahead(True, True, C), load(g, at, T, K, C, BK) * LOG2E, "ieee")  # [C, BK]
+def chunk_kernel(q, k, v, g, o, T, K, V, BK: tl.constexpr, BV: tl.constexpr):
+    at = chunk(0, 1)
+    b_q, b_k, b_v = load(q, at, T, K, BK), load(k, at, T, K, BK), load(v, at, T, V, BV)
+    b = sums(ahead(True, True), load(g, at, T, K, BK) * LOG2E, "ieee")  # [C, BK]
     A = dot(b_q * tl.exp2(b), tl.trans(b_k * tl.exp2(-b)), tl.zeros((C, C), tl.float32), "ieee")
     reads = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]  # i >= j
     b_o = dot(tl.where(reads, A, 0.0), b_v, tl.zeros((C, BV), tl.float32), "ieee")  # A v
-    store(o, b_o, at, T, V, C, BV)
+    store(o, b_o, at, T, V)
 
 
 T = 13
 one = [t[:, :, :T].contiguous() for t in x[:4]]  # q, k, v, g_fwd of the first 13 tokens
 o = torch.full_like(one[2], torch.nan)
-chunk_kernel[(1,)](*map(sequence_of, (*one, o)), T, 6, 10, C=16, BK=16, BV=16)
+chunk_kernel[(1,)](*map(sequence_of, (*one, o)), T, 6, 10, BK=16, BV=16)
 for backend in ("naive", "chunked", "fused"):
     equal(f"one chunk = {backend}", o, vig_ref.gla(*one, scale=1.0, backend=backend))
 
@@ -231,23 +231,23 @@ show(blocks.carry)
 
 # %%
 @triton.jit
-def scan_kernel(q, k, v, g, o, H, T, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def scan_kernel(q, k, v, g, o, H, T, K, V, BK: tl.constexpr, BV: tl.constexpr):
     i_b, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     q, k, g = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0), sequence(g, i_b, i_h, 0)
     v, o = sequence(v, i_b, i_h, 0), sequence(o, i_b, i_h, 0)
     reads = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
     S = tl.zeros((BV, BK), tl.float32)
     for n in range(tl.cdiv(T, C)):
-        at = chunk(n, 1, C)
-        b_q, b_k, b_v = load(q, at, T, K, C, BK), load(k, at, T, K, C, BK), load(v, at, T, V, C, BV)
-        b_g = load(g, at, T, K, C, BK) * LOG2E
-        b = sums(ahead(True, True, C), b_g, "ieee")
+        at = chunk(n, 1)
+        b_q, b_k, b_v = load(q, at, T, K, BK), load(k, at, T, K, BK), load(v, at, T, V, BV)
+        b_g = load(g, at, T, K, BK) * LOG2E
+        b = sums(ahead(True, True), b_g, "ieee")
         A = dot(b_q * tl.exp2(b), tl.trans(b_k * tl.exp2(-b)), tl.zeros((C, C), tl.float32), "ieee")
         b_o = dot(b_q * tl.exp2(b), tl.trans(S), tl.zeros((C, BV), tl.float32), "ieee")  # across: (q exp(b)) S
         b_o = dot(tl.where(reads, A, 0.0), b_v, b_o, "ieee")  # inside: + A v
-        b_kE = b_k * tl.exp2(sums(ahead(False, False, C), b_g, "ieee"))  # what fades after j, to the right edge
+        b_kE = b_k * tl.exp2(sums(ahead(False, False), b_g, "ieee"))  # what fades after j, to the right edge
         S = dot(tl.trans(b_v), b_kE, tl.exp2(tl.sum(b_g, 0))[None, :] * S, "ieee")  # exp(total) S + S_own
-        store(o, b_o, at, T, V, C, BV)
+        store(o, b_o, at, T, V)
 
 
 # %%
@@ -256,7 +256,7 @@ def launch_scan(kernel, q, k, v, g):
     B, H, T, K = q.shape
     V, o = v.shape[3], torch.full_like(v, torch.nan)
     tensors = [(t, *t.stride()) for t in (q, k, v, g, o)]
-    kernel[(B * H,)](*tensors, H, T, K, V, C=16, BK=max(16, triton.next_power_of_2(K)), BV=16)
+    kernel[(B * H,)](*tensors, H, T, K, V, BK=max(16, triton.next_power_of_2(K)), BV=16)
     return o
 
 
@@ -276,7 +276,7 @@ for backend in ("naive", "chunked", "fused"):
 
 # %%
 @triton.jit
-def reverse_kernel(q, k, v, g, o, H, T, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def reverse_kernel(q, k, v, g, o, H, T, K, V, BK: tl.constexpr, BV: tl.constexpr):
     """Like `scan_kernel`, from the last token to the first."""
     ...  # your turn
 
@@ -622,7 +622,7 @@ check(least_bytes)
 # For ViG-T it is 512 with gates in bfloat16 and 640 with gates in float32:
 
 # %%
-K, V, C = 32, 64, launch.CHUNK
+K, V, C_ = 32, 64, launch.CHUNK
 q_k, v_o = 2 * 2 * K, 2 * 2 * V  # two of each, 2 bytes a number
 floor_bytes = {gate: q_k + v_o + 2 * gate * K for gate in (2, 4)}  # and two gates
 print({f"{gate} bytes a gate": n for gate, n in floor_bytes.items()})
@@ -633,7 +633,7 @@ print({f"{gate} bytes a gate": n for gate, n in floor_bytes.items()})
 # into a high and a low half), 2 · 2CK; there are two, $M g$ and, in `_between`, both halves at once.
 
 # %%
-state, scores, sums_, values = 2 * K * V + 2 * K * V, 2 * C * K, 2 * 2 * C * K, 2 * C * V
+state, scores, sums_, values = 2 * K * V + 2 * K * V, 2 * C_ * K, 2 * 2 * C_ * K, 2 * C_ * V
 flops = 2 * (state + scores + 2 * sums_ + values)
 print(f"{flops} FLOPs; per byte:", {f"{gate} bytes a gate": round(flops / n) for gate, n in floor_bytes.items()})
 

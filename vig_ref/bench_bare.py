@@ -49,7 +49,7 @@ def _sum(tile, tileT):
 
 @triton.jit
 def _prepare(q, k, g, at, T, K, BK: tl.constexpr, ACC: tl.constexpr):
-    return load(q, at, T, K, C, BK).to(ACC) + load(k, at, T, K, C, BK).to(ACC) + load(g, at, T, K, C, BK).to(ACC)
+    return load(q, at, T, K, BK).to(ACC) + load(k, at, T, K, BK).to(ACC) + load(g, at, T, K, BK).to(ACC)
 
 
 @triton.jit
@@ -63,14 +63,14 @@ def forward_anchored(
     b_sum = tl.zeros((C, BK), ACC)
     b_sumT = tl.zeros((BV, C), ACC)
     if EARLY:
-        b_sum += _prepare(q, k, g, chunk(first, step, C), T, K, BK, ACC)
+        b_sum += _prepare(q, k, g, chunk(first, step), T, K, BK, ACC)
     for i in tl.range(count, num_stages=STAGES):
-        at = chunk(first + i * step, step, C)
-        b_v = load(v, at, T, V, C, BV)
-        b_sumT += load(v, at, T, V, C, BV, TRANSPOSED=True).to(ACC)
-        there = chunk(first + tl.minimum(i + 1, count - 1) * step, step, C) if EARLY else at
+        at = chunk(first + i * step, step)
+        b_v = load(v, at, T, V, BV)
+        b_sumT += load(v, at, T, V, BV, TRANSPOSED=True).to(ACC)
+        there = chunk(first + tl.minimum(i + 1, count - 1) * step, step) if EARLY else at
         b_sum += _prepare(q, k, g, there, T, K, BK, ACC)
-        store_share(o, b_v.to(ACC) + other_share(share, at, T, V, C, BV, ACC), at, T, V, C, BV)
+        store_share(o, b_v.to(ACC) + other_share(share, at, T, V, BV, ACC), at, T, V)
     total = _sum(b_sum, b_sumT)
     return S + total, tl.zeros((ROWS // 2, BK), ACC) + 0.0 * total  # no exponent is too small
 
@@ -88,15 +88,15 @@ def states_anchored(
     b_sumT = tl.zeros((BV, C), ACC)
     for i in tl.range(count, num_stages=STAGES):
         n = first + i * step
-        at = chunk(n, step, C)
+        at = chunk(n, step)
         if g_own is not None:
-            b_sum += load(g_own, at, T, K, C, BK).to(ACC) + load(k, at, T, K, C, BK).to(ACC)
-            b_sumT += load(v, at, T, V, C, BV, TRANSPOSED=True).to(ACC)
-            keep(S, p_S, n, dg_own, dv, None, T, C, BV, BK)
+            b_sum += load(g_own, at, T, K, BK).to(ACC) + load(k, at, T, K, BK).to(ACC)
+            b_sumT += load(v, at, T, V, BV, TRANSPOSED=True).to(ACC)
+            keep(S, p_S, n, dg_own, dv, None, T)
         if g_opp is not None:
-            b_sum += load(g_opp, at, T, K, C, BK).to(ACC) + load(q, at, T, K, C, BK).to(ACC)
-            b_sumT += load(do, at, T, V, C, BV, TRANSPOSED=True).to(ACC)
-            keep(dS, p_dS, n, dg_opp, dq, dk, T, C, BV, BK)
+            b_sum += load(g_opp, at, T, K, BK).to(ACC) + load(q, at, T, K, BK).to(ACC)
+            b_sumT += load(do, at, T, V, BV, TRANSPOSED=True).to(ACC)
+            keep(dS, p_dS, n, dg_opp, dq, dk, T)
     total = _sum(b_sum, b_sumT)
     return S + total, dS + total, tl.zeros((ROWS // 2, BK), ACC) + 0.0 * total
 
@@ -114,25 +114,25 @@ def gradients_anchored(
     b_sumT = tl.zeros((BV, C), ACC)
     for i in tl.range(count, num_stages=STAGES):
         n = first + i * step
-        at = chunk(n, step, C)
-        b_q = load(q, at, T, K, C, BK)
-        b_k = load(k, at, T, K, C, BK)
-        b_v = load(v, at, T, V, C, BV)
-        b_do = load(do, at, T, V, C, BV)
+        at = chunk(n, step)
+        b_q = load(q, at, T, K, BK)
+        b_k = load(k, at, T, K, BK)
+        b_v = load(v, at, T, V, BV)
+        b_do = load(do, at, T, V, BV)
         if BV < 64:
-            b_sumT += load(v, at, T, V, C, BV, TRANSPOSED=True).to(ACC)
-            b_sumT += load(do, at, T, V, C, BV, TRANSPOSED=True).to(ACC)
+            b_sumT += load(v, at, T, V, BV, TRANSPOSED=True).to(ACC)
+            b_sumT += load(do, at, T, V, BV, TRANSPOSED=True).to(ACC)
         if g_opp is not None:
-            b_g = load(g_opp, at, T, K, C, BK)
-            b_sum += kept(p_S, n, dg_opp, dv, None, T, C, BV, BK).to(ACC)
-            store(dg_opp, b_g, at, T, K, C, BK)
+            b_g = load(g_opp, at, T, K, BK)
+            b_sum += kept(p_S, n, dg_opp, dv, None, T, BV, BK).to(ACC)
+            store(dg_opp, b_g, at, T, K)
         if g_own is not None:
-            b_g = load(g_own, at, T, K, C, BK)
-            b_sum += kept(p_dS, n, dg_own, dq, dk, T, C, BV, BK).to(ACC)
-            store(dg_own, b_g, at, T, K, C, BK)
-        store(dq, b_q, at, T, K, C, BK)
-        store(dk, b_k, at, T, K, C, BK)
-        store(dv, b_v.to(ACC) + b_do.to(ACC), at, T, V, C, BV)
+            b_g = load(g_own, at, T, K, BK)
+            b_sum += kept(p_dS, n, dg_own, dq, dk, T, BV, BK).to(ACC)
+            store(dg_own, b_g, at, T, K)
+        store(dq, b_q, at, T, K)
+        store(dk, b_k, at, T, K)
+        store(dv, b_v.to(ACC) + b_do.to(ACC), at, T, V)
     total = _sum(b_sum, b_sumT)
     if total != total:  # for the compiler, which does not know that no input is NaN
-        store(dv, tl.zeros((C, BV), ACC) + total, chunk(first, step, C), T, V, C, BV)
+        store(dv, tl.zeros((C, BV), ACC) + total, chunk(first, step), T, V)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vig_ref.fused.blocks import LOG2E, ahead, chunk, dot, load, sequence, store, sums
+from vig_ref.fused.blocks import LOG2E, C, ahead, chunk, dot, load, sequence, store, sums
 
 
 def middle_matrix(C: int, reverse: bool):
@@ -17,7 +17,7 @@ def middle_matrix(C: int, reverse: bool):
 
 
 @triton.jit
-def reverse_kernel(q, k, v, g, o, H, T, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def reverse_kernel(q, k, v, g, o, H, T, K, V, BK: tl.constexpr, BV: tl.constexpr):
     i_b, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     q, k, g = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0), sequence(g, i_b, i_h, 0)
     v, o = sequence(v, i_b, i_h, 0), sequence(o, i_b, i_h, 0)
@@ -25,16 +25,16 @@ def reverse_kernel(q, k, v, g, o, H, T, K, V, C: tl.constexpr, BK: tl.constexpr,
     S = tl.zeros((BV, BK), tl.float32)
     N = tl.cdiv(T, C)
     for i in range(N):
-        at = chunk(N - 1 - i, -1, C)  # from the last chunk to the first, and each from its last token to its first
-        b_q, b_k, b_v = load(q, at, T, K, C, BK), load(k, at, T, K, C, BK), load(v, at, T, V, C, BV)
-        b_g = load(g, at, T, K, C, BK) * LOG2E
-        b = sums(ahead(True, True, C), b_g, "ieee")
+        at = chunk(N - 1 - i, -1)  # from the last chunk to the first, and each from its last token to its first
+        b_q, b_k, b_v = load(q, at, T, K, BK), load(k, at, T, K, BK), load(v, at, T, V, BV)
+        b_g = load(g, at, T, K, BK) * LOG2E
+        b = sums(ahead(True, True), b_g, "ieee")
         A = dot(b_q * tl.exp2(b), tl.trans(b_k * tl.exp2(-b)), tl.zeros((C, C), tl.float32), "ieee")
         b_o = dot(b_q * tl.exp2(b), tl.trans(S), tl.zeros((C, BV), tl.float32), "ieee")
         b_o = dot(tl.where(reads, A, 0.0), b_v, b_o, "ieee")
-        b_kE = b_k * tl.exp2(sums(ahead(False, False, C), b_g, "ieee"))
+        b_kE = b_k * tl.exp2(sums(ahead(False, False), b_g, "ieee"))
         S = dot(tl.trans(b_v), b_kE, tl.exp2(tl.sum(b_g, 0))[None, :] * S, "ieee")
-        store(o, b_o, at, T, V, C, BV)
+        store(o, b_o, at, T, V)
 
 
 def reverse_in_chunks(q, k, v, g):
@@ -42,7 +42,7 @@ def reverse_in_chunks(q, k, v, g):
     V, o = v.shape[3], torch.full_like(v, torch.nan)
     tensors = [(x, *x.stride()) for x in (q, k, v, g, o)]
     BK, BV = (max(16, triton.next_power_of_2(n)) for n in (K, V))
-    reverse_kernel[(B * H,)](*tensors, H, T, K, V, C=16, BK=BK, BV=BV)
+    reverse_kernel[(B * H,)](*tensors, H, T, K, V, BK=BK, BV=BV)
     return o
 
 

@@ -105,9 +105,9 @@ def _prepare(q, k, g, at, before, scale, T, K, DOT: tl.constexpr):
     """All of a chunk that needs neither state nor v: q exp(b), k exp(-b), A, rounded; and what `_between` returns."""
     BK: tl.constexpr = before.shape[1]
     ACC: tl.constexpr = before.dtype
-    b_q = load(q, at, T, K, C, BK)
-    b_k = load(k, at, T, K, C, BK)
-    b_g = load_gate(g, at, T, K, C, BK, ACC)
+    b_q = load(q, at, T, K, BK)
+    b_k = load(k, at, T, K, BK)
+    b_g = load_gate(g, at, T, K, BK, ACC)
     between, behind = _between(before, b_g, DOT)
     b = sums(_middle(False), b_g, DOT)
     b_qE = operand(b_q.to(ACC) * (exp2(b, DOT) * scale), ACC, DOT)
@@ -133,24 +133,24 @@ def forward_anchored(
     before = tl.zeros((ROWS // 2, BK), ACC)
     lowest = before  # of the sums of gates between two middles
     if EARLY:
-        b_qE, b_kE, A, between, before = _prepare(q, k, g, chunk(first, step, C), before, scale, T, K, DOT)
+        b_qE, b_kE, A, between, before = _prepare(q, k, g, chunk(first, step), before, scale, T, K, DOT)
     for i in tl.range(count, num_stages=STAGES):
-        at = chunk(first + i * step, step, C)
-        b_v = load(v, at, T, V, C, BV)
-        b_vT = load(v, at, T, V, C, BV, TRANSPOSED=True)  # one load in two layouts could not be fetched ahead
+        at = chunk(first + i * step, step)
+        b_v = load(v, at, T, V, BV)
+        b_vT = load(v, at, T, V, BV, TRANSPOSED=True)  # one load in two layouts could not be fetched ahead
         if not EARLY:
             b_qE, b_kE, A, between, before = _prepare(q, k, g, at, before, scale, T, K, DOT)
         lowest = least(lowest, between)
         S = scale_columns(S, exp2(between, DOT))
         # Rounded here, as A was: both go to other threads before the next products, and together wait at one barrier.
         b_ST = operand(tl.trans(S), ACC, DOT)
-        b_o = dot(b_qE, b_ST, other_share(share, at, T, V, C, BV, ACC), DOT)
+        b_o = dot(b_qE, b_ST, other_share(share, at, T, V, BV, ACC), DOT)
         S = dot(b_vT, b_kE, S, DOT)
         b_o = dot(A, b_v, b_o, DOT)
         if EARLY:
-            there = chunk(first + tl.minimum(i + 1, count - 1) * step, step, C)
+            there = chunk(first + tl.minimum(i + 1, count - 1) * step, step)
             b_qE, b_kE, A, between, before = _prepare(q, k, g, there, before, scale, T, K, DOT)
-        store_share(o, b_o, at, T, V, C, BV)
+        store_share(o, b_o, at, T, V)
     return scale_columns(S, exp2(before, DOT)), least(lowest, before)
 
 
@@ -188,8 +188,8 @@ def _gradients(
     dk = (dkE + writes) * E_inverse
     # The four terms of dg_t at the top of this file. dqE has reads of S and pairs: both are summed from t on.
     dg = dot(tl.full((C, S_dS.shape[0]), 1.0, ACC), S_dS, zero_k, DOT)  # <S, dS>, the same for all gates of the chunk
-    dg += sums(ahead(REVERSE, True, C), qE.to(ACC) * dqE - kE.to(ACC) * dkE, DOT)  # over all tokens at t or behind
-    dg += sums(ahead(not REVERSE, False, C), kE.to(ACC) * writes, DOT)  # over all tokens before t
+    dg += sums(ahead(REVERSE, True), qE.to(ACC) * dqE - kE.to(ACC) * dkE, DOT)  # over all tokens at t or behind
+    dg += sums(ahead(not REVERSE, False), kE.to(ACC) * writes, DOT)  # over all tokens before t
     return dq, dk, dg, dv, A, qE if REVERSE else kE
 
 
@@ -211,25 +211,25 @@ def states_anchored(
     lowest = S_before
     for i in tl.range(count, num_stages=STAGES):
         n = first + i * step
-        at = chunk(n, step, C)
+        at = chunk(n, step)
         if g_own is not None:
-            b_g = load_gate(g_own, at, T, K, C, BK, ACC)
+            b_g = load_gate(g_own, at, T, K, BK, ACC)
             S, between, S_before = _advance(S, S_before, b_g, DOT)
             lowest = least(lowest, between)
-            b_kE = load(k, at, T, K, C, BK).to(ACC) * exp2(negative(sums(_middle(False), b_g, DOT)), DOT)
+            b_kE = load(k, at, T, K, BK).to(ACC) * exp2(negative(sums(_middle(False), b_g, DOT)), DOT)
             b_kE = operand(b_kE, ACC, DOT)
         if g_opp is not None:
-            b_g = load_gate(g_opp, at, T, K, C, BK, ACC)
+            b_g = load_gate(g_opp, at, T, K, BK, ACC)
             dS, between, dS_before = _advance(dS, dS_before, b_g, DOT)
             lowest = least(lowest, between)
-            b_qE = load(q, at, T, K, C, BK).to(ACC) * (exp2(sums(_middle(True), b_g, DOT), DOT) * scale)
+            b_qE = load(q, at, T, K, BK).to(ACC) * (exp2(sums(_middle(True), b_g, DOT), DOT) * scale)
             b_qE = operand(b_qE, ACC, DOT)
         if g_own is not None:
-            keep(S, p_S, n, dg_own, dv, None, T, C, BV, BK)
-            S = dot(load(v, at, T, V, C, BV, TRANSPOSED=True), b_kE, S, DOT)
+            keep(S, p_S, n, dg_own, dv, None, T)
+            S = dot(load(v, at, T, V, BV, TRANSPOSED=True), b_kE, S, DOT)
         if g_opp is not None:
-            keep(dS, p_dS, n, dg_opp, dq, dk, T, C, BV, BK)
-            dS = dot(load(do, at, T, V, C, BV, TRANSPOSED=True), b_qE, dS, DOT)
+            keep(dS, p_dS, n, dg_opp, dq, dk, T)
+            dS = dot(load(do, at, T, V, BV, TRANSPOSED=True), b_qE, dS, DOT)
     S = scale_columns(S, exp2(S_before, DOT))
     dS = scale_columns(dS, exp2(dS_before, DOT))
     return S, dS, least(lowest, least(S_before, dS_before))
@@ -249,23 +249,23 @@ def gradients_anchored(
     dS_before = S_before
     for i in tl.range(count, num_stages=STAGES):
         n = first + i * step
-        at = chunk(n, step, C)
-        token = tokens(at, C)[:, None]
-        b_q = load(q, at, T, K, C, BK)
-        b_k = load(k, at, T, K, C, BK)
-        b_v = load(v, at, T, V, C, BV)
-        b_do = load(do, at, T, V, C, BV)
+        at = chunk(n, step)
+        token = tokens(at)[:, None]
+        b_q = load(q, at, T, K, BK)
+        b_k = load(k, at, T, K, BK)
+        b_v = load(v, at, T, V, BV)
+        b_do = load(do, at, T, V, BV)
         # Twice, as in forward_anchored, to be fetched ahead; products of 64 rows on a Hopper GPU read either layout
-        b_vT = load(v, at, T, V, C, BV, TRANSPOSED=True) if BV < 64 else tl.trans(b_v)
-        b_doT = load(do, at, T, V, C, BV, TRANSPOSED=True) if BV < 64 else tl.trans(b_do)
+        b_vT = load(v, at, T, V, BV, TRANSPOSED=True) if BV < 64 else tl.trans(b_v)
+        b_doT = load(do, at, T, V, BV, TRANSPOSED=True) if BV < 64 else tl.trans(b_do)
         dA = dot(b_do, b_vT, tl.zeros((C, C), ACC), DOT)
         b_dq = tl.zeros((C, BK), ACC)
         b_dk = tl.zeros((C, BK), ACC)
         b_dv = tl.zeros((C, BV), ACC)
         A = tl.zeros((C, C), ACC)
         if g_opp is not None:
-            b_g = load_gate(g_opp, at, T, K, C, BK, ACC)
-            b_S = kept(p_S, n, dg_opp, dv, None, T, C, BV, BK)
+            b_g = load_gate(g_opp, at, T, K, BK, ACC)
+            b_S = kept(p_S, n, dg_opp, dv, None, T, BV, BK)
             dS, _, dS_before = _advance(dS, dS_before, b_g, DOT)
             part_dq, part_dk, b_dg, b_dv, part_A, b_qE = _gradients(
                 b_q, b_k, b_v, b_do, b_dv, dA, b_g, b_S, dS.to(b_S.dtype), b_S.to(ACC) * dS, scale,
@@ -275,10 +275,10 @@ def gradients_anchored(
             b_dq += part_dq
             b_dk += part_dk
             A += part_A
-            store(dg_opp, tl.where(token == (T - 1 if step > 0 else 0), 0.0, b_dg), at, T, K, C, BK)  # the scan's first
+            store(dg_opp, tl.where(token == (T - 1 if step > 0 else 0), 0.0, b_dg), at, T, K)  # the scan's first
         if g_own is not None:
-            b_g = load_gate(g_own, at, T, K, C, BK, ACC)
-            b_dS = kept(p_dS, n, dg_own, dq, dk, T, C, BV, BK)
+            b_g = load_gate(g_own, at, T, K, BK, ACC)
+            b_dS = kept(p_dS, n, dg_own, dq, dk, T, BV, BK)
             S, _, S_before = _advance(S, S_before, b_g, DOT)
             part_dq, part_dk, b_dg, b_dv, part_A, b_kE = _gradients(
                 b_q, b_k, b_v, b_do, b_dv, dA, b_g, S.to(b_dS.dtype), b_dS, S * b_dS.to(ACC), scale,
@@ -288,9 +288,9 @@ def gradients_anchored(
             b_dq += part_dq
             b_dk += part_dk
             A += part_A
-            store(dg_own, tl.where(token == (0 if step > 0 else T - 1), 0.0, b_dg), at, T, K, C, BK)
+            store(dg_own, tl.where(token == (0 if step > 0 else T - 1), 0.0, b_dg), at, T, K)
         b_AT = operand(tl.trans(A), ACC, DOT)
-        store(dq, b_dq, at, T, K, C, BK)
-        store(dk, b_dk, at, T, K, C, BK)
+        store(dq, b_dq, at, T, K)
+        store(dk, b_dk, at, T, K)
         b_dv = dot(b_AT, b_do, b_dv, DOT)
-        store(dv, b_dv, at, T, V, C, BV)
+        store(dv, b_dv, at, T, V)

@@ -36,31 +36,31 @@ def sequence(x, i_b, i_h, i_d):
 
 
 @triton.jit
-def chunk(n, step, C: tl.constexpr):
+def chunk(n, step):
     """`at` of the n-th chunk from the left."""
     return n * C + (C - 1) * (1 - step) // 2, step
 
 
 @triton.jit
-def tokens(at, C: tl.constexpr):
+def tokens(at):
     """The tokens `[C]` of a chunk in the order of the walk; integers as wide as its first one's."""
     return at[0] + tl.arange(0, C) * at[1]
 
 
 @triton.jit
-def tile(x, at, T, D, C: tl.constexpr, BD: tl.constexpr):
+def tile(x, at, T, D, BD: tl.constexpr):
     """Addresses `[C, BD]` of a chunk, and the mask of what exists. Offsets are as wide as its first token."""
     pointer, stride_t, stride_d = x
-    rows = tokens(at, C)
+    rows = tokens(at)
     cols = tl.arange(0, BD)
     offsets = rows[:, None] * stride_t + cols.to(rows.dtype)[None, :] * stride_d
     return pointer + offsets, (rows < T)[:, None] & (cols < D)[None, :]
 
 
 @triton.jit
-def load(x, at, T, D, C: tl.constexpr, BD: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+def load(x, at, T, D, BD: tl.constexpr, TRANSPOSED: tl.constexpr = False):
     """A chunk in the dtype it has, zeros behind the end: `[C, BD]`, or `[BD, C]`."""
-    pointers, mask = tile(x, at, T, D, C, BD)
+    pointers, mask = tile(x, at, T, D, BD)
     if TRANSPOSED:
         return tl.load(tl.trans(pointers), mask=tl.trans(mask), other=0.0)
     else:
@@ -68,22 +68,22 @@ def load(x, at, T, D, C: tl.constexpr, BD: tl.constexpr, TRANSPOSED: tl.constexp
 
 
 @triton.jit
-def load_gate(g, at, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
+def load_gate(g, at, T, K, BK: tl.constexpr, ACC: tl.constexpr):
     """Log gates in base 2, for exp2; 0 (keep all) behind the end. Gradients are by the natural ones,
     without ln 2: 2^(g log2 e) = e^g is its own derivative."""
-    return load(g, at, T, K, C, BK).to(ACC) * LOG2E
+    return load(g, at, T, K, BK).to(ACC) * LOG2E
 
 
 @triton.jit
-def load_any_gate(g, at, T, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
+def load_any_gate(g, at, T, K, BK: tl.constexpr, ACC: tl.constexpr):
     """The same for gates that may be -inf. Clamped, as 0 * inf is NaN in a matrix product; 2^-LIMIT rounds to 0."""
     LIMIT: tl.constexpr = 2000.0 if tl.float64 == ACC else 300.0
-    return tl.maximum(load_gate(g, at, T, K, C, BK, ACC), -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(load_gate(g, at, T, K, BK, ACC), -LIMIT, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def store(x, value, at, T, D, C: tl.constexpr, BD: tl.constexpr):
-    pointers, mask = tile(x, at, T, D, C, BD)
+def store(x, value, at, T, D):
+    pointers, mask = tile(x, at, T, D, value.shape[1])
     tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
 
 
@@ -94,7 +94,7 @@ def scratch(p, i, BV: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _in_gradients(n, dg, x_0, x_1, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+def _in_gradients(n, dg, x_0, x_1, T, BV: tl.constexpr, BK: tl.constexpr):
     """Addresses `[BV, BK]` of a bfloat16 state in the memory of the n-th chunk's gradients, written later, and a mask.
 
     dg is float32, with room for two rows of a state a token; x_0 is dv, with two, or x_0, x_1 are dq, dk, with one
@@ -117,10 +117,12 @@ def _in_gradients(n, dg, x_0, x_1, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.
 
 
 @triton.jit
-def keep(S, p_states, n, dg, x_0, x_1, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+def keep(S, p_states, n, dg, x_0, x_1, T):
     """Keep the n-th chunk's state for the second walk: in scratch memory, or else where its gradients will be."""
+    BV: tl.constexpr = S.shape[0]
+    BK: tl.constexpr = S.shape[1]
     if p_states is None:
-        p, there = _in_gradients(n, dg, x_0, x_1, T, C, BV, BK)
+        p, there = _in_gradients(n, dg, x_0, x_1, T, BV, BK)
         tl.store(p, S.to(p.dtype.element_ty), mask=there)
     else:
         p = scratch(p_states, n, BV, BK)
@@ -128,10 +130,10 @@ def keep(S, p_states, n, dg, x_0, x_1, T, C: tl.constexpr, BV: tl.constexpr, BK:
 
 
 @triton.jit
-def kept(p_states, n, dg, x_0, x_1, T, C: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+def kept(p_states, n, dg, x_0, x_1, T, BV: tl.constexpr, BK: tl.constexpr):
     """The state that was kept. As in `other_share`, all have read it before any writes a gradient over it."""
     if p_states is None:
-        p, there = _in_gradients(n, dg, x_0, x_1, T, C, BV, BK)
+        p, there = _in_gradients(n, dg, x_0, x_1, T, BV, BK)
         return tl.load(p, mask=there, other=0.0)
     else:
         return tl.load(scratch(p_states, n, BV, BK))
@@ -147,7 +149,7 @@ def entering(p_enter, i, BV: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def other_share(share, at, T, V, C: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr):
+def other_share(share, at, T, V, BV: tl.constexpr, ACC: tl.constexpr):
     """What the other direction adds to o, if it has left anything.
 
     Every thread has read it before any writes o over it: between the two the chunk's products have their barriers.
@@ -155,16 +157,17 @@ def other_share(share, at, T, V, C: tl.constexpr, BV: tl.constexpr, ACC: tl.cons
     if share is None:
         return tl.zeros((C, BV), ACC)
     else:
-        return load(share, at, T, V, C, BV).to(ACC)
+        return load(share, at, T, V, BV).to(ACC)
 
 
 @triton.jit
-def store_share(o, b_o, at, T, V, C: tl.constexpr, BV: tl.constexpr):
+def store_share(o, b_o, at, T, V):
     """The result, or the share that the scan which comes first leaves to the other.
 
     Stored as `[2, C / 2, BV]`: so Triton exchanges results between threads in one round rather than two.
     """
     pointer, stride_t, stride_d = o
+    BV: tl.constexpr = b_o.shape[1]
     row = at[0] + (tl.arange(0, 2)[:, None, None] * (C // 2) + tl.arange(0, C // 2)[None, :, None]) * at[1]
     col = tl.arange(0, BV)[None, None, :]
     p = pointer + (row * stride_t + col.to(row.dtype) * stride_d)
@@ -239,7 +242,7 @@ def scale_columns(S, factor):
 
 
 @triton.jit
-def ahead(LEFT: tl.constexpr, INCLUSIVE: tl.constexpr, C: tl.constexpr):
+def ahead(LEFT: tl.constexpr, INCLUSIVE: tl.constexpr):
     """`[C, C]`: 1 where token t lies between i and the left (or right) edge. INCLUSIVE: also where t is i.
 
     For a decay from the edge to a query its own gate counts, for one from a key to the edge it does not.
@@ -264,6 +267,6 @@ def carry(S, g, x, y, INCLUSIVE: tl.constexpr, DOT: tl.constexpr):
 
     INCLUSIVE: whether a token's own gate counts. For a state x is k, and it does not; for its gradient x is q.
     """
-    xE = x.to(S.dtype) * exp2(sums(ahead(False, INCLUSIVE, g.shape[0]), g, DOT), DOT)
+    xE = x.to(S.dtype) * exp2(sums(ahead(False, INCLUSIVE), g, DOT), DOT)
     decayed = scale_columns(S, exp2(total(g, DOT), DOT))
     return dot(tl.trans(y), xE, decayed, DOT)

@@ -98,12 +98,12 @@ def _gradients(
         dk += dkE * E
         dg += sums(tl.trans(M), qE * dqE + kE * dkE, DOT)
         half *= 2
-    M = ahead(not REVERSE, True, C)  # o = (q exp(b)) S
+    M = ahead(not REVERSE, True)  # o = (q exp(b)) S
     E = exp2(sums(M, g, DOT), DOT)
     dqE = dot(do, S, zero_k, DOT)
     dq += dqE * E
     dg += sums(tl.trans(M), q * E * dqE, DOT)
-    M = ahead(REVERSE, False, C)  # S_out = ... + (k * decay to the far edge)^T v: the gates not yet met at token j
+    M = ahead(REVERSE, False)  # S_out = ... + (k * decay to the far edge)^T v: the gates not yet met at token j
     E = exp2(sums(M, g, DOT), DOT)
     kE = k * E
     dkE = dot(v, dS, zero_k, DOT)
@@ -122,18 +122,18 @@ def forward_halving(
     BK: tl.constexpr = S.shape[1]
     ACC: tl.constexpr = S.dtype
     for i in range(count):
-        at = chunk(first + i * step, step, C)
-        b_q = load(q, at, T, K, C, BK).to(ACC) * scale
-        b_k = load(k, at, T, K, C, BK).to(ACC)
-        b_v = load(v, at, T, V, C, BV).to(ACC)
-        b_g = load_any_gate(g, at, T, K, C, BK, ACC)
-        b_o = other_share(share, at, T, V, C, BV, ACC)
+        at = chunk(first + i * step, step)
+        b_q = load(q, at, T, K, BK).to(ACC) * scale
+        b_k = load(k, at, T, K, BK).to(ACC)
+        b_v = load(v, at, T, V, BV).to(ACC)
+        b_g = load_any_gate(g, at, T, K, BK, ACC)
+        b_o = other_share(share, at, T, V, BV, ACC)
         b_o += tl.sum(b_q * b_k, 1)[:, None] * b_v  # token i reads itself
-        b_qE = b_q * exp2(sums(ahead(True, True, C), b_g, DOT), DOT)  # step 4 of chunks.py
+        b_qE = b_q * exp2(sums(ahead(True, True), b_g, DOT), DOT)  # step 4 of chunks.py
         b_o = dot(b_qE, tl.trans(S), b_o, DOT)
         b_o = dot(_scores(b_q, b_k, b_g, DOT), b_v, b_o, DOT)  # step 1
         S = carry(S, b_g, b_k, b_v, False, DOT)  # steps 2 and 3
-        store_share(o, b_o, at, T, V, C, BV)
+        store_share(o, b_o, at, T, V)
     return S
 
 
@@ -152,18 +152,18 @@ def states_halving(
     ACC: tl.constexpr = S.dtype
     for i in range(count):
         n = first + i * step
-        at = chunk(n, step, C)
+        at = chunk(n, step)
         if g_own is not None:
-            keep(S, p_S, n, dg_own, dv, None, T, C, BV, BK)
-            b_k = load(k, at, T, K, C, BK)
-            b_v = load(v, at, T, V, C, BV)
-            b_g = load_any_gate(g_own, at, T, K, C, BK, ACC)
+            keep(S, p_S, n, dg_own, dv, None, T)
+            b_k = load(k, at, T, K, BK)
+            b_v = load(v, at, T, V, BV)
+            b_g = load_any_gate(g_own, at, T, K, BK, ACC)
             S = carry(S, b_g, b_k, b_v, False, DOT)
         if g_opp is not None:
-            keep(dS, p_dS, n, dg_opp, dq, dk, T, C, BV, BK)
-            b_q = load(q, at, T, K, C, BK).to(ACC) * scale
-            b_do = load(do, at, T, V, C, BV)
-            b_g = load_any_gate(g_opp, at, T, K, C, BK, ACC)
+            keep(dS, p_dS, n, dg_opp, dq, dk, T)
+            b_q = load(q, at, T, K, BK).to(ACC) * scale
+            b_do = load(do, at, T, V, BV)
+            b_g = load_any_gate(g_opp, at, T, K, BK, ACC)
             dS = carry(dS, b_g, b_q, b_do, True, DOT)
     return S, dS
 
@@ -181,11 +181,11 @@ def gradients_halving(
     SCANS: tl.constexpr = (g_own is not None) + (g_opp is not None)
     for i in range(count):
         n = first + i * step
-        at = chunk(n, step, C)
-        b_q = load(q, at, T, K, C, BK).to(ACC) * scale
-        b_k = load(k, at, T, K, C, BK).to(ACC)
-        b_v = load(v, at, T, V, C, BV).to(ACC)
-        b_do = load(do, at, T, V, C, BV).to(ACC)
+        at = chunk(n, step)
+        b_q = load(q, at, T, K, BK).to(ACC) * scale
+        b_k = load(k, at, T, K, BK).to(ACC)
+        b_v = load(v, at, T, V, BV).to(ACC)
+        b_do = load(do, at, T, V, BV).to(ACC)
         self_dA = SCANS * tl.sum(b_do * b_v, 1)[:, None]  # token i reads itself, once in each direction
         b_dq = self_dA * b_k
         b_dk = self_dA * b_q
@@ -193,28 +193,28 @@ def gradients_halving(
         A = tl.zeros((C, C), ACC)
         dA = dot(b_do, tl.trans(b_v), A, DOT)
         if g_opp is not None:
-            b_g = load_any_gate(g_opp, at, T, K, C, BK, ACC)
-            b_S = kept(p_S, n, dg_opp, dv, None, T, C, BV, BK).to(ACC)
+            b_g = load_any_gate(g_opp, at, T, K, BK, ACC)
+            b_S = kept(p_S, n, dg_opp, dv, None, T, BV, BK).to(ACC)
             part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, b_S, dS, True, DOT)
             part_dq, part_dk, b_dg, part_A, part_dv = part
             b_dq += part_dq
             b_dk += part_dk
             b_dv += part_dv
             A += part_A
-            store(dg_opp, b_dg, at, T, K, C, BK)
+            store(dg_opp, b_dg, at, T, K)
             dS = carry(dS, b_g, b_q, b_do, True, DOT)
         if g_own is not None:
-            b_g = load_any_gate(g_own, at, T, K, C, BK, ACC)
-            b_dS = kept(p_dS, n, dg_own, dq, dk, T, C, BV, BK).to(ACC)
+            b_g = load_any_gate(g_own, at, T, K, BK, ACC)
+            b_dS = kept(p_dS, n, dg_own, dq, dk, T, BV, BK).to(ACC)
             part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, S, b_dS, False, DOT)
             part_dq, part_dk, b_dg, part_A, part_dv = part
             b_dq += part_dq
             b_dk += part_dk
             b_dv += part_dv
             A += part_A
-            store(dg_own, b_dg, at, T, K, C, BK)
+            store(dg_own, b_dg, at, T, K)
             S = carry(S, b_g, b_k, b_v, False, DOT)
         b_dv = dot(tl.trans(A), b_do, b_dv, DOT)
-        store(dq, b_dq * scale, at, T, K, C, BK)
-        store(dk, b_dk, at, T, K, C, BK)
-        store(dv, b_dv, at, T, V, C, BV)
+        store(dq, b_dq * scale, at, T, K)
+        store(dk, b_dk, at, T, K)
+        store(dv, b_dv, at, T, V)

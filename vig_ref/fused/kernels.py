@@ -333,16 +333,16 @@ def segment_kernel(
     decay_along = tl.zeros((ROWS, BK), ACC)
     decay_against = decay_along
     for i in tl.range(count, num_stages=STAGES):
-        at = chunk(start + i, 1, C)
-        b_x = load(x, at, T, K, C, BK).to(ACC)
-        b_yT = load(y, at, T, V, C, BV, TRANSPOSED=True)
+        at = chunk(start + i, 1)
+        b_x = load(x, at, T, K, BK).to(ACC)
+        b_yT = load(y, at, T, V, BV, TRANSPOSED=True)
         if g_along is not None:
-            b_g = load_any_gate(g_along, at, T, K, C, BK, ACC)
+            b_g = load_any_gate(g_along, at, T, K, BK, ACC)
             S_along = carry(S_along, b_g, b_x, tl.trans(b_yT), GRADIENT, DOT)
             decay_along += total(b_g, DOT)
         if g_against is not None:
-            b_g = load_any_gate(g_against, at, T, K, C, BK, ACC)
-            b_xE = b_x * exp2(sums(ahead(True, GRADIENT, C), b_g, DOT) + decay_against, DOT)  # C is ROWS
+            b_g = load_any_gate(g_against, at, T, K, BK, ACC)
+            b_xE = b_x * exp2(sums(ahead(True, GRADIENT), b_g, DOT) + decay_against, DOT)  # C is ROWS
             S_against = dot(b_yT, b_xE, S_against, DOT)
             decay_against += total(b_g, DOT)
     i_fwd, i_rev = _places(i_block, i_s)
