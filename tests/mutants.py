@@ -289,7 +289,7 @@ MUTANTS = [
     Mutant("backward: parts of two batches share memory", KERNELS, "i_part = i_v * (tl.num_programs(0) // H) + i_b", "i_part = i_v + i_b"),
     Mutant("backward: every block of V writes the first dv", KERNELS, "dv = sequence(dv, i_b, i_h, i_v * BV)", "dv = sequence(dv, i_b, i_h, 0)"),
     Mutant("segments: states of a neighbour enter the forward pass", KERNELS, "i_fwd, i_rev = _places(i_block, i_s)\n    lowest", "i_fwd, i_rev = i_block * tl.num_programs(2) + i_s, (i_block + 1) * tl.num_programs(2) + i_s\n    lowest"),
-    Mutant("segments: states of a neighbour enter the backward pass", KERNELS, "i_own, i_opp = _places(i_block, i_s)", "i_own, i_opp = i_block * SEGMENTS + i_s, (i_block + 1) * SEGMENTS + i_s"),
+    Mutant("segments: states of a neighbour enter the backward pass", KERNELS, "i_own, i_opp = _places(i_block, i_s)", "i_own, i_opp = i_block * tl.num_programs(2) + i_s, (i_block + 1) * tl.num_programs(2) + i_s"),
     Mutant("segments: every segment gets what enters the first", KERNELS, "i_fwd, i_rev = _places(i_block, i_s)\n    lowest", "i_fwd, i_rev = _places(i_block, 0)\n    lowest"),
     # Kernels: what each segment adds.
     Mutant("kernels: a last chunk that is not full is left out", KERNELS, "tl.minimum(SEGMENT // C, tl.cdiv(T, C) - start)", "tl.minimum(SEGMENT // C, T // C - start)"),
@@ -425,7 +425,7 @@ MUTANTS = [
     Mutant("halves: backward, dS enters from memory that nobody wrote", KERNELS, "dS = entering(None if HALVES and not SECOND else p_dS_enter, i_opp", "dS = entering(p_dS_enter, i_opp"),
     Mutant("halves: backward, the fast path's states go on", KERNELS, "            S_end, dS_end = states_halving(", "            _, _ = states_halving("),
     Mutant("halves: backward, S goes on as dS", KERNELS, "tl.store(scratch(p_dS_enter, i_opp, BV, BK), dS_end)", "tl.store(scratch(p_dS_enter, i_opp, BV, BK), S_end)"),
-    Mutant("backward: the first segment decides for all", KERNELS, "p_exact += i_block * SEGMENTS + i_s", "p_exact += i_block * SEGMENTS"),
+    Mutant("backward: the first segment decides for all", KERNELS, "p_exact += i_block * tl.num_programs(2) + i_s", "p_exact += i_block * tl.num_programs(2)"),
     Mutant("backward: the second walk always takes the fast path", KERNELS, "tl.store(p_exact, exact.to(tl.int32))", "tl.store(p_exact, 1)"),
     Mutant("backward: the second walk takes the other path", KERNELS, "elif tl.load(p_exact) != 0:", "elif tl.load(p_exact) == 0:"),
     Mutant("launch: gates taken for dense", LAUNCH, "return all(g is None or g.stride(3) == 1", "return any(g is None or g.stride(3) == 1"),

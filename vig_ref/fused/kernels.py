@@ -248,7 +248,6 @@ def backward_kernel(
     if g_rev is not None:
         g_rev, dg_rev = sequence(g_rev, i_b, i_h, 0), sequence(dg_rev, i_part, i_h, 0)
     V -= i_v * BV
-    SEGMENTS = tl.num_programs(2)
     if HALVES:
         i_own = i_block * 2 + i_s  # i_s is the own direction; 0 is forward, and begins in half 0
         i_opp = i_own
@@ -275,7 +274,7 @@ def backward_kernel(
     first = _first(start, count, step)
     S = entering(None if HALVES and not SECOND else p_S_enter, i_own, BV, BK, ACC)
     dS = entering(None if HALVES and not SECOND else p_dS_enter, i_opp, BV, BK, ACC)
-    p_exact += i_block * SEGMENTS + i_s
+    p_exact += i_block * tl.num_programs(2) + i_s
     if not SECOND:
         S_end, dS_end, lowest = states_anchored(
             q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
