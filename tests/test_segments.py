@@ -325,7 +325,7 @@ def test_every_place_in_scratch_memory_is_written(monkeypatch, keep, segments_of
     segments_of(32)
     monkeypatch.setattr(launch, "LINE", 1000)  # bytes, more than the 140 of a row of o: its share in scratch memory
     kept = keep("_share", "_states", "_meeting")
-    evaluate(fused.bidirectional_gla, on_device(1, 2, 64, 40, 35), scale=0.5)
+    evaluate(fused.bidirectional_gla, on_device(1, 2, 70, 40, 35), scale=0.5)
     assert len(kept) == (6 if halves else 3)
     assert not any(memory.isnan().any() for memory in kept)
 

@@ -81,17 +81,17 @@ def show(function, first="@triton.jit", last=None):
 
 # %%
 @triton.jit
-def alpha_kernel(p_g, p_alpha, p_who, T, C: tl.constexpr):
-    i = tl.program_id(0) * C + tl.arange(0, C)  # the tokens that are mine  [C]
-    g = tl.load(p_g + i, mask=i < T, other=0.0)  # a pointer and offsets: C addresses
+def alpha_kernel(p_g, p_alpha, p_who, T, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # the tokens that are mine  [BLOCK]
+    g = tl.load(p_g + i, mask=i < T, other=0.0)  # a pointer and offsets: BLOCK addresses
     tl.store(p_alpha + i, tl.exp(g), mask=i < T)  # alpha = exp(g)
     tl.store(p_who + i, tl.program_id(0), mask=i < T)  # only for us to see
 
 
-T = 37
+T, BLOCK = 37, 16
 g = -torch.rand(T, generator=torch.Generator().manual_seed(0))
 alpha, who = torch.full((T,), torch.nan), torch.full((T,), -1)
-alpha_kernel[(triton.cdiv(T, 16),)](g, alpha, who, T, C=16)  # [grid]: how many programs
+alpha_kernel[(triton.cdiv(T, BLOCK),)](g, alpha, who, T, BLOCK=BLOCK)  # [grid]: how many programs
 equal("alpha_kernel = exp", alpha, g.exp())
 print("which program wrote which token:", *who.tolist())
 
@@ -102,16 +102,16 @@ print("which program wrote which token:", *who.tolist())
 # |---|---|
 # | `p_g` | a **pointer**: the address of the tensor's first element. No shape, no strides, no bounds |
 # | `tl.program_id(0)` | the number of this program, from 0; the **grid**, in brackets at the launch, says how many there are |
-# | `tl.arange(0, C)` | a **block** of C numbers. All blocks have sizes that are powers of two, known when it compiles |
-# | `C: tl.constexpr` | a compile-time constant: another C is another compiled kernel |
+# | `tl.arange(0, BLOCK)` | a **block** of so many numbers. All blocks have sizes that are powers of two, known when it compiles |
+# | `BLOCK: tl.constexpr` | a compile-time constant: another BLOCK is another compiled kernel |
 # | `tl.load`, `tl.store` | a block of addresses in, a block of values out, and back |
 # | `mask` | which addresses exist. 37 is not a multiple of 16, and behind the end lies somebody else's memory |
 
 # %%
-ch03.programs(T, 16)
+ch03.programs(T, BLOCK)
 
 # %% [markdown]
-# *Three programs of C = 16 tokens for T = 37. The hatched part is masked: loads give `other`, stores do nothing.*
+# *Three programs of BLOCK = 16 tokens for T = 37. The hatched part is masked: loads give `other`, stores do nothing.*
 #
 # `other=0.0` is chosen with care. A log gate of 0 forgets nothing, a key of 0 adds nothing: padding in registers that
 # changes no result.
@@ -120,7 +120,8 @@ ch03.programs(T, 16)
 #
 # A tensor `[B, H, T, K]` is one row of numbers in memory; its **strides** say how far apart neighbours are along each
 # axis. So the address of token $t$, channel $c$ is `pointer + t * stride_t + c * stride_d`, and a block `[C, BK]` of
-# addresses is a column plus a row. This is what the library loads all its inputs with:
+# addresses is a column plus a row. C, the tokens of a chunk, is a constant of the library, 16. This is what it loads all
+# its inputs with:
 
 # %%
 for function in (blocks.chunk, blocks.tokens, blocks.tile, blocks.load):
@@ -132,7 +133,7 @@ for function in (blocks.chunk, blocks.tokens, blocks.tile, blocks.load):
 # 1 to the right or −1 to the left. Hold on to that: it will save us half of the work. A token's number has
 # 64 bits where an offset inside the sequence may reach $2^{31}$ (the launcher looks, in `_far`), and all offsets with
 # it; where none can, 32 bits do, for fewer instructions. BK is K rounded up to a power of two; columns beyond K are
-# masked too. C, the tokens of a chunk, is a constant of the library: 16.
+# masked too.
 #
 # ## 2. Sums of gates, by a matrix product
 #
@@ -622,7 +623,7 @@ check(least_bytes)
 # For ViG-T it is 512 with gates in bfloat16 and 640 with gates in float32:
 
 # %%
-K, V, C_ = 32, 64, launch.CHUNK
+K, V = 32, 64
 q_k, v_o = 2 * 2 * K, 2 * 2 * V  # two of each, 2 bytes a number
 floor_bytes = {gate: q_k + v_o + 2 * gate * K for gate in (2, 4)}  # and two gates
 print({f"{gate} bytes a gate": n for gate, n in floor_bytes.items()})
@@ -633,7 +634,8 @@ print({f"{gate} bytes a gate": n for gate, n in floor_bytes.items()})
 # into a high and a low half), 2 · 2CK; there are two, $M g$ and, in `_between`, both halves at once.
 
 # %%
-state, scores, sums_, values = 2 * K * V + 2 * K * V, 2 * C_ * K, 2 * 2 * C_ * K, 2 * C_ * V
+CHUNK = launch.CHUNK  # C as a number
+state, scores, sums_, values = 2 * K * V + 2 * K * V, 2 * CHUNK * K, 2 * 2 * CHUNK * K, 2 * CHUNK * V
 flops = 2 * (state + scores + 2 * sums_ + values)
 print(f"{flops} FLOPs; per byte:", {f"{gate} bytes a gate": round(flops / n) for gate, n in floor_bytes.items()})
 

@@ -98,8 +98,8 @@ def _in_gradients(n, dg, x_0, x_1, T, BV: tl.constexpr, BK: tl.constexpr):
     """Addresses `[BV, BK]` of a bfloat16 state in the memory of the n-th chunk's gradients, written later, and a mask.
 
     dg is float32, with room for two rows of a state a token; x_0 is dv, with two, or x_0, x_1 are dq, dk, with one
-    each, and equal strides. So with C = 16, BV = 64: rows 0 to 31 in dg, 32 to 63 in dv, or 32 to 47 in dq, 48 to 63 in
-    dk. Features are contiguous. Only the last chunk lacks tokens, where states from the right are 0.
+    each, and equal strides. So with BV = 64: rows 0 to 31 in dg, 32 to 63 in dv, or 32 to 47 in dq, 48 to 63 in dk.
+    Features are contiguous. Only the last chunk lacks tokens, where states from the right are 0.
     """
     row = tl.arange(0, BV)[:, None]
     col = tl.arange(0, BK)[None, :]
@@ -258,7 +258,7 @@ def ahead(LEFT: tl.constexpr, INCLUSIVE: tl.constexpr):
 @triton.jit
 def total(g, DOT: tl.constexpr):
     """The log decay across a chunk, `[ROWS, BK]`: equal rows, as `scale_columns` wants them."""
-    return sums(tl.full((ROWS, g.shape[0]), 1.0, g.dtype), g, DOT)
+    return sums(tl.full((ROWS, C), 1.0, g.dtype), g, DOT)
 
 
 @triton.jit

@@ -134,7 +134,7 @@ def forward_kernel(
     """o = scale * (sum over the directions of q S), of those that have a gate.
 
     share: where the reverse scan leaves its share of o, which is o itself if it is the only scan.
-    p_S_enter: for each (batch, head) and block of V, SEGMENTS states that enter, of S_fwd, then as many of S_rev.
+    p_S_enter: for each (batch, head) and block of V, the S_fwd that enters each segment, and then the S_rev.
     SEGMENT: tokens of a segment of this call. INDEX: the integers of tokens, and of all offsets inside a sequence.
     """
     _wait(DEPENDENT)

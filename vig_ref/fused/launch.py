@@ -316,8 +316,8 @@ def _or_none(x: Tensor) -> Tensor | None:
 
 
 def _states(v: Tensor, grads: list[Tensor], cut: Cut, options: dict) -> Tensor:
-    """Scratch memory for a state of every chunk, `[chunks, BV, BK]`; none if both of its states fit in the memory of
-    its gradients.
+    """Scratch memory for a state of every chunk, `[B * H * blocks of V, chunks, BV, BK]`; none if both of its states
+    fit in the memory of its gradients.
 
     They do where heads fill their tile, as ViG's, with bfloat16 and gates in float32: see `blocks._in_gradients`.
     """
@@ -327,7 +327,7 @@ def _states(v: Tensor, grads: list[Tensor], cut: Cut, options: dict) -> Tensor:
     if full and options["DOT"] == "bf16" and all(dg.dtype == torch.float32 for dg in grads[3:]):
         return _nothing(v)
     sequences, blocks, _ = cut.grid
-    return v.new_empty(sequences * blocks * _cdiv(T, CHUNK), BV, BK, dtype=_rounded(v, options))
+    return v.new_empty(sequences * blocks, _cdiv(T, CHUNK), BV, BK, dtype=_rounded(v, options))
 
 
 def _share(o: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None, options: dict) -> Tensor:
