@@ -284,29 +284,26 @@ def test_programs_are_few_up_to_four_for_each_multiprocessor():
     assert not launch._few((launch.MANY, 5, 1))
 
 
+class Operator(torch.nn.Module):
+    """For torch.export, which takes modules."""
+
+    def forward(self, *inputs):
+        return launch._forward(*inputs, 0.5, "ieee")
+
+
 @pytest.mark.parametrize(("least", "most"), [(2, 256), (17, 256), (257, 65_536), (1024, 4096)])
 def test_any_number_of_tokens_can_be_exported(least, most):
     """What torch.export must assume of T to know how many segments there are is where they begin, and no more."""
-
-    class Layer(torch.nn.Module):
-        def forward(self, *inputs):
-            return launch._forward(*inputs, 0.5, "ieee")
-
     x = on_device(1, 1, most, 3, 4)[:5]
     T = torch.export.Dim("T", min=least, max=most)
-    torch.export.export(Layer(), x, dynamic_shapes=(({2: T},) * 5,), strict=False)
+    torch.export.export(Operator(), x, dynamic_shapes=(({2: T},) * 5,), strict=False)
 
 
 def test_of_one_piece_any_sizes_can_be_exported():
     """Which tile they take is asked when the operator runs: no model is compiled anew for it."""
-
-    class Layer(torch.nn.Module):
-        def forward(self, *inputs):
-            return launch._forward(*inputs, 0.5, "ieee")
-
     K, V = (torch.export.Dim(name, min=2, max=128) for name in ("K", "V"))
     shapes = ({3: K}, {3: K}, {3: V}, {3: K}, {3: K})
-    torch.export.export(Layer(), on_device(1, 1, 20, 3, 4)[:5], dynamic_shapes=(shapes,), strict=False)
+    torch.export.export(Operator(), on_device(1, 1, 20, 3, 4)[:5], dynamic_shapes=(shapes,), strict=False)
 
 
 def test_every_chunk_leaves_its_share_of_o_in_a_place_of_its_own(keep, segments_of, halves):
