@@ -241,6 +241,28 @@ def test_long_sequences_are_halved_where_there_are_many():
     assert not halved(enough, 4, T, 32, 64, g_rev=g.bfloat16())
 
 
+@pytest.mark.parametrize(
+    ("sequences", "places", "half"),
+    [(128, 264, 512), (132, 264, 512), (133, 264, 688), (176, 264, 688), (192, 264, 768), (198, 264, 768),
+     (199, 264, 512), (264, 264, 512), (1000, 264, 512), (192, 528, 512)],
+)  # fmt: skip
+def test_halves_are_uneven_where_one_of_each_and_a_third_of_the_others_find_a_place(sequences, places, half):
+    """All fit at once up to 132; the others follow each other in two rounds up to 176, in three up to 198."""
+    even = launch.Cut(True, (32, 64), (sequences, 1, 2), (3, 1024, 32, 64, 512))
+    assert launch._uneven(even, places) == even._replace(sizes=(3, 1024, 32, 64, half))
+
+
+@pytest.mark.parametrize("bound", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("half", [48, 64])
+def test_halves_may_meet_anywhere(monkeypatch, half, bound):
+    """In the backward pass, of 70 tokens: in the middle, or before the last chunk."""
+    monkeypatch.setattr(launch, "SEGMENT", 32)
+    monkeypatch.setattr(launch, "MANY", 1)
+    set_bounds(monkeypatch, bound)
+    monkeypatch.setattr(launch, "_uneven", lambda cut, _: cut._replace(sizes=(*cut.sizes[:4], half)))
+    same_bits(gentle(70, 3, 4, seed=0))
+
+
 @pytest.mark.parametrize("end", ["g_fwd", "g_rev"])
 def test_halves_of_gates_that_lie_differently(segments_of, end):
     """A program chooses its gate as it runs: strides of one of them are not those of the other."""
