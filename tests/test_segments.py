@@ -259,8 +259,15 @@ def test_halves_may_meet_anywhere(monkeypatch, half, bound):
     monkeypatch.setattr(launch, "SEGMENT", 32)
     monkeypatch.setattr(launch, "MANY", 1)
     set_bounds(monkeypatch, bound)
-    monkeypatch.setattr(launch, "_uneven", lambda cut, _: cut._replace(sizes=(*cut.sizes[:4], half)))
+    asked = []
+
+    def meet(cut, places):
+        asked.append(places)
+        return cut._replace(sizes=(*cut.sizes[:4], half))
+
+    monkeypatch.setattr(launch, "_uneven", meet)
     same_bits(gentle(70, 3, 4, seed=0))
+    assert set(asked) == {launch.WARPS // launch.TILES[16, 32].ieee}
 
 
 @pytest.mark.parametrize("end", ["g_fwd", "g_rev"])
