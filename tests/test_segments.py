@@ -13,6 +13,7 @@ What is not seen here: the compiler, races, and the arithmetic of bfloat16, whic
 import numpy as np
 import pytest
 import torch
+from triton.runtime.interpreter import interpreter_builder
 
 from cases import CHUNK, FUSED_ARITHMETIC, FUSED_DEVICE, LAYERS, device_of, every_second, interpreted
 from test_exact import HALF, dyadic, equal_bits
@@ -242,32 +243,63 @@ def test_long_sequences_are_halved_where_there_are_many():
 
 
 @pytest.mark.parametrize(
-    ("sequences", "places", "half"),
-    [(128, 264, 512), (132, 264, 512), (133, 264, 688), (176, 264, 688), (192, 264, 768), (198, 264, 768),
-     (199, 264, 512), (264, 264, 512), (1000, 264, 512), (192, 528, 512)],
+    ("sequences", "blocks", "places", "half"),
+    [(128, 1, 264, 512), (132, 1, 264, 512), (133, 1, 264, 688), (176, 1, 264, 688), (192, 1, 264, 768),
+     (96, 2, 264, 768), (198, 1, 264, 768), (199, 1, 264, 512), (264, 1, 264, 512), (1000, 1, 264, 512),
+     (192, 1, 528, 512)],
 )  # fmt: skip
-def test_halves_are_uneven_where_one_of_each_and_a_third_of_the_others_find_a_place(sequences, places, half):
-    """All fit at once up to 132; the others follow each other in two rounds up to 176, in three up to 198."""
-    even = launch.Cut(True, (32, 64), (sequences, 1, 2), (3, 1024, 32, 64, 512))
-    assert launch._uneven(even, places) == even._replace(sizes=(3, 1024, 32, 64, half))
+def test_backward_halves_end_together(sequences, blocks, places, half):
+    """All fit at once up to 132; the short ones follow each other in two rounds up to 176, in three up to 198."""
+    even = launch.Cut(True, (32, 64), (sequences, blocks, 2), (3, 1024, 32, 64, 512))
+    assert launch._meet_backward(even, places) == even._replace(sizes=(3, 1024, 32, 64, half))
 
 
+@interpreted
+def test_an_h200_has_places_for_two_programs_of_four_warps_a_multiprocessor():
+    assert launch._places(torch.empty(0), 4) == 264
+
+
+@pytest.fixture
+def uneven(monkeypatch):
+    """Three programs of four or eight warps are long; so many run at once."""
+
+    def set_places(places: int):
+        monkeypatch.setattr(launch, "SEGMENT", 32)
+        monkeypatch.setattr(launch, "MANY", 1)
+        monkeypatch.setattr(launch, "_places", lambda _, warps: {4: places, 8: places}[warps])
+
+    return set_places
+
+
+@pytest.mark.parametrize("sizes", [(1, 3, 115, 5, 7), (1, 1, 115, 3, 65)], ids=["heads", "blocks of V"])
 @pytest.mark.parametrize("bound", PATHS.values(), ids=PATHS)
-@pytest.mark.parametrize("half", [48, 64])
-def test_halves_may_meet_anywhere(monkeypatch, half, bound):
-    """In the backward pass, of 70 tokens: in the middle, or before the last chunk."""
-    monkeypatch.setattr(launch, "SEGMENT", 32)
-    monkeypatch.setattr(launch, "MANY", 1)
+@pytest.mark.parametrize("places", [4, 5])
+def test_uneven_halves_equal_the_oracle(monkeypatch, uneven, places, bound, sizes):
     set_bounds(monkeypatch, bound)
-    asked = []
+    uneven(places)
+    judge(on_device(*sizes))
 
-    def meet(cut, places):
-        asked.append(places)
-        return cut._replace(sizes=(*cut.sizes[:4], half))
 
-    monkeypatch.setattr(launch, "_uneven", meet)
-    same_bits(gentle(70, 3, 4, seed=0))
-    assert set(asked) == {launch.WARPS // launch.TILES[16, 32].ieee}
+@interpreted
+@pytest.mark.parametrize(("places", "half"), [(4, 96), (5, 80), (6, 64)])
+def test_long_halves_come_first(monkeypatch, uneven, places, half):
+    """In both walks of the backward pass, in a GPU's order: the last index of a program changes last."""
+    uneven(places)
+    walks = []
+    chunks = kernels._chunks
+
+    def recorded(i_s, T, SEGMENT):
+        index = interpreter_builder.grid_idx[::-1]
+        walks.append((index, int(i_s.handle.data.item()), int(SEGMENT.handle.data.item())))
+        return chunks(i_s, T, SEGMENT)
+
+    x = [t.requires_grad_() for t in on_device(1, 3, 115, 5, 7)[:5]]
+    o = bidirectional_gla(*x, backend="fused")
+    monkeypatch.setattr(kernels, "_chunks", recorded)
+    o.sum().backward()
+    assert len(walks) == 12
+    for walk in (walks[:6], walks[6:]):
+        assert [numbers for _, *numbers in sorted(walk)] == 3 * [[0, half]] + 3 * [[1, half]]
 
 
 @pytest.mark.parametrize("end", ["g_fwd", "g_rev"])

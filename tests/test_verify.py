@@ -241,6 +241,9 @@ def test_on_a_gpu_the_fused_layer_meets_one_piece_segments_and_halves():
         ways[B, H, T, K, V] = "halves" if cut.halves else "segments" if cut.grid[2] > 1 else "one piece"
     assert set(ways.values()) == {"one piece", "segments", "halves"}
     assert all(ways[sizes] == "halves" and sizes[2] % launch.CHUNK for sizes in checks.HALVES)
+    for (B, H, T, K, V), tile in zip(checks.HALVES, [(32, 64), (16, 32)], strict=True):
+        even = launch.Cut(True, tile, (B * H, 1, 2), (H, T, K, V, 144))
+        assert launch._meet_backward(even, 132 * 8 // launch.TILES[tile].backward).sizes[4] == 208
 
 
 def test_one_nan_is_refused():

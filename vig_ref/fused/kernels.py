@@ -237,7 +237,7 @@ def backward_kernel(
     of gates.
     """
     _wait(DEPENDENT)
-    i_b, i_h, i_v, i_s, i_block = _program(H, INDEX, SECOND == HALVES)  # of halves the longer one first
+    i_b, i_h, i_v, i_s, i_block = _program(H, INDEX, SECOND if HALVES else not SECOND)  # half 0, the longer one, first
     q, k = sequence(q, i_b, i_h, 0), sequence(k, i_b, i_h, 0)
     v, do = sequence(v, i_b, i_h, i_v * BV), sequence(do, i_b, i_h, i_v * BV)
     i_part = i_v * (tl.num_programs(0) // H) + i_b  # every block of V has its own dq, dk and dg: stacked along B

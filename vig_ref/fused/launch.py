@@ -40,8 +40,6 @@ MAX_SEGMENTS = 256
 #: From so many sequences on, counted once for each block of V, two programs for each fill an H200, which has 132
 #: multiprocessors. Then long ones are halved, not cut into segments.
 MANY = 128
-#: Warps of 255 registers that an H200 holds at once, eight to a multiprocessor.
-WARPS = 132 * 8
 #: The smallest exponent, in base 2, with which the fast path may go on: a sum of gates between the middles of
 #: neighbouring chunks, or from an end to the middle next to it. The forward pass multiplies by exp(b) and exp(-b), and
 #: 2^40 leaves q, k and v most of the range of float32, up to 2^88 of 2^128. In the gates' gradients, terms of size 1
@@ -115,7 +113,7 @@ def _refuse_tangents(*tensors: Tensor) -> None:
 
 
 class Cut(NamedTuple):
-    """How a call is divided into programs, in both passes."""
+    """How a call is divided into programs, in both passes; see also `_meet_backward`."""
 
     halves: bool  # or else segments, of which there may be one
     tile: tuple[int, int]  # BK, BV
@@ -139,16 +137,23 @@ def _cut(q: Tensor, v: Tensor, g_fwd: Tensor | None, g_rev: Tensor | None) -> Cu
     return Cut(halves, tile, (sequences, blocks, programs), (H, T, K, V, tokens))
 
 
-def _uneven(cut: Cut, places: int) -> Cut:
-    """Halves, so long that the programs of the second backward walk end at the same time. places: how many run at once.
+def _meet_backward(cut: Cut, places: int) -> Cut:
+    """Halves for the backward pass, where only so many programs of the second walk find a place at once.
 
-    Of each sequence one program is long, and comes first. Where these leave a place for every third of the short ones,
-    or more, the short ones follow each other there: in n rounds, if the first half has n / (n + 1) of the tokens.
+    One program of each sequence is long, and comes first. If a third of the short ones or more find a place beside
+    these, the short ones follow each other there, in n rounds, and half 0 gets n / (n + 1) of the tokens, so that all
+    take as long. Otherwise halves are even. (In more rounds the first walk, in which all have a place, would lose.)
     """
     H, T, K, V, _ = cut.sizes
     long = cut.grid[0] * cut.grid[1]
     rounds = _cdiv(long, places - long) if 3 * (places - long) >= long else 1
     return cut._replace(sizes=(H, T, K, V, _cdiv(rounds * T, (rounds + 1) * CHUNK) * CHUNK))
+
+
+def _places(x: Tensor, warps: int) -> int:
+    """How many programs run at once if a thread has 255 registers: 8 warps a multiprocessor. (An H200 has 132.)"""
+    multiprocessors = 132 if INTERPRETED else torch.cuda.get_device_properties(x.device).multi_processor_count
+    return multiprocessors * 8 // warps
 
 
 def _tile(K: int, V: int) -> tuple[int, int]:
@@ -192,7 +197,7 @@ def _backward(
     cut = _cut(q, v, g_fwd, g_rev)
     options = _options(q, cut.tile, precision, backward=True, far=_far(*inputs, do, *grads))
     if cut.halves:
-        cut = _uneven(cut, WARPS // options["num_warps"])
+        cut = _meet_backward(cut, _places(q, options["num_warps"]))
     _, blocks, _ = cut.grid
     parts = grads if blocks == 1 else [grad if n == 2 else _parts(inputs[n], blocks) for n, grad in enumerate(grads)]
     dq, dk, dv, *dg = (_strided(x) for x in parts)
