@@ -59,6 +59,11 @@ def set_bounds(monkeypatch, bound: float):
     monkeypatch.setattr(launch, "BOUND_BACKWARD", dict.fromkeys(launch.BOUND_BACKWARD, bound))
 
 
+def number(argument) -> int:
+    """What a kernel's function was called with, in the interpreter."""
+    return int(np.asarray(getattr(getattr(argument, "handle", None), "data", argument)).item())
+
+
 @pytest.fixture
 def recomputed(monkeypatch):
     """The token ranges that programs computed by the path for every gate: (pass, first token, end)."""
@@ -69,8 +74,7 @@ def recomputed(monkeypatch):
         where = [function.arg_names.index(argument) for argument in ("first", "count", "step")]
 
         def call(*arguments):
-            numbers = (getattr(getattr(arguments[n], "handle", None), "data", arguments[n]) for n in where)
-            first, count, step = (int(np.asarray(number).item()) for number in numbers)
+            first, count, step = (number(arguments[n]) for n in where)
             start = min(first, first + (count - 1) * step)
             calls.append((which, start * C, (start + count) * C))
             return function(*arguments)
@@ -261,7 +265,7 @@ def test_an_h200_has_places_for_two_programs_of_four_warps_a_multiprocessor():
 
 @pytest.fixture
 def uneven(monkeypatch):
-    """Three programs of four or eight warps are long; so many run at once."""
+    """Halves sequences of more than 32 tokens; so many programs, of four or eight warps, then run at once."""
 
     def set_places(places: int):
         monkeypatch.setattr(launch, "SEGMENT", 32)
@@ -289,8 +293,7 @@ def test_long_halves_come_first(monkeypatch, uneven, places, half):
     chunks = kernels._chunks
 
     def recorded(i_s, T, SEGMENT):
-        index = interpreter_builder.grid_idx[::-1]
-        walks.append((index, int(i_s.handle.data.item()), int(SEGMENT.handle.data.item())))
+        walks.append((interpreter_builder.grid_idx[::-1], number(i_s), number(SEGMENT)))
         return chunks(i_s, T, SEGMENT)
 
     x = [t.requires_grad_() for t in on_device(1, 3, 115, 5, 7)[:5]]
