@@ -432,7 +432,7 @@ MUTANTS = [
     Mutant("launch: gates taken for dense", LAUNCH, "return all(g is None or g.stride(3) == 1", "return any(g is None or g.stride(3) == 1"),
     Mutant("launch: blocks of V do not count as many", LAUNCH, "sequences * blocks >= MANY", "sequences >= MANY"),
     Mutant("launch: halves of gates of two dtypes", LAUNCH, " and g_fwd.dtype == g_rev.dtype", ""),
-    Mutant("launch: short halves wait for long ones", LAUNCH, "if 3 * (places - long) >= long else 1", "if 4 * (places - long) >= long else 1"),
+    Mutant("launch: short halves wait for long ones", LAUNCH, "if 4 * (places - long) >= long else 1", "if 5 * (places - long) >= long else 1"),
     Mutant("launch: the long half is too short by a chunk", LAUNCH, "_cdiv(rounds * T, (rounds + 1) * CHUNK) * CHUNK", "rounds * T // ((rounds + 1) * CHUNK) * CHUNK"),
     Mutant("launch: halves are even", LAUNCH, "    if cut.halves:\n        cut = _meet_backward(", "    if False:\n        cut = _meet_backward("),
     Mutant("launch: a program has one warp", LAUNCH, '_places(q, options["num_warps"])', "_places(q, 1)"),

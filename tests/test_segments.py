@@ -249,11 +249,11 @@ def test_long_sequences_are_halved_where_there_are_many():
 @pytest.mark.parametrize(
     ("sequences", "blocks", "places", "half"),
     [(128, 1, 264, 512), (132, 1, 264, 512), (133, 1, 264, 688), (176, 1, 264, 688), (192, 1, 264, 768),
-     (96, 2, 264, 768), (198, 1, 264, 768), (199, 1, 264, 512), (264, 1, 264, 512), (1000, 1, 264, 512),
-     (192, 1, 528, 512)],
+     (96, 2, 264, 768), (198, 1, 264, 768), (199, 1, 264, 832), (211, 1, 264, 832), (212, 1, 264, 512),
+     (264, 1, 264, 512), (1000, 1, 264, 512), (192, 1, 528, 512)],
 )  # fmt: skip
 def test_backward_halves_end_together(sequences, blocks, places, half):
-    """All fit at once up to 132; the short ones follow each other in two rounds up to 176, in three up to 198."""
+    """All fit at once up to 132; the short ones follow each other in two rounds up to 176, three to 198, four to 211."""
     even = launch.Cut(True, (32, 64), (sequences, blocks, 2), (3, 1024, 32, 64, 512))
     assert launch._meet_backward(even, places) == even._replace(sizes=(3, 1024, 32, 64, half))
 
