@@ -10,6 +10,8 @@ import pytest
 
 from vig_ref import cli
 
+RECORDS = Path(__file__).parents[1] / "docs" / "results"
+
 
 def python(*arguments, block=()):
     """A new Python in which the modules `block` cannot be imported."""
@@ -109,6 +111,22 @@ def test_without_triton_the_package_works_and_fused_says_so():
     assert "choose backend='chunked' or 'naive'" in done.stderr
 
 
+def test_without_triton_other_layers_bytes_are_counted():
+    done = python("from vig_ref import cli; cli.main(['bench', 'traffic'])", block=["triton"])
+    assert done.returncode == 0, done.stderr
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines()[2:5]] == ["naive", "chunked", "floor"]
+    last = "The fused layer is not counted: that needs Triton, which is published for Linux only."
+    assert done.stdout.splitlines()[-1] == last
+
+
+def test_without_triton_a_record_is_reported():
+    """All but the bytes that the fused layer's launcher would make its kernels ask for."""
+    report = f"cli.main(['bench', 'ops', '--report', {str(RECORDS / 'h200-ops.json')!r}])"
+    done = python(f"from vig_ref import cli; {report}", block=["triton"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| needs Triton |") == 2 * 6  # passes, shapes
+
+
 def test_importing_the_package_imports_no_optional_module():
     optional = ["triton", "sklearn", "matplotlib"]  # torch itself imports tqdm where it is installed
     done = python(f"import vig_ref; print([m for m in {optional} if m in sys.modules])")
@@ -188,7 +206,7 @@ def test_a_report_of_something_else_is_refused(command, content, reason, tmp_pat
 def test_a_record_is_printed_by_its_own_command_alone(one, capsys):
     names = ("errors-cpu", "h200-ops", "h200-limits", "h200-models")
     for other, name in zip(RECORDING, names, strict=True):
-        report = [*one.split(), "--report", str(Path(__file__).parents[1] / "docs" / "results" / f"{name}.json")]
+        report = [*one.split(), "--report", str(RECORDS / f"{name}.json")]
         if other == one:
             assert cli.main(report) == 0
         else:

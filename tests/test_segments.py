@@ -253,7 +253,7 @@ def test_long_sequences_are_halved_where_there_are_many():
      (264, 1, 264, 512), (1000, 1, 264, 512), (192, 1, 528, 512)],
 )  # fmt: skip
 def test_backward_halves_end_together(sequences, blocks, places, half):
-    """All fit at once up to 132; the short ones follow each other in two rounds up to 176, three to 198, four to 211."""
+    """All fit at once up to 132; the short ones follow each other in two rounds up to 176, 3 up to 198, 4 up to 211."""
     even = launch.Cut(True, (32, 64), (sequences, blocks, 2), (3, 1024, 32, 64, 512))
     assert launch._meet_backward(even, places) == even._replace(sizes=(3, 1024, 32, 64, half))
 

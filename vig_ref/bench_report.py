@@ -124,11 +124,18 @@ def median(impl: str, rows: dict[str, Row]) -> str:
 
 
 def counted(copy_gb_per_s: float, rows: dict[str, Row]) -> str:
-    """Milliseconds that the bytes would take for which the fused layer asks, had none of them been in a cache."""
+    """Milliseconds that the bytes would take for which the fused layer asks, had none of them been in a cache.
+
+    Its launcher is asked how it cuts the sequences, and that is not there without Triton.
+    """
     if "fused" not in rows:
         return ""
     B, H, T, K, V, which = (rows["fused"][name] for name in (*"BHTKV", "pass"))
-    return number(B * H * T * traffic.fused(K, V, T, B * H)[which] / copy_gb_per_s / 1e6)
+    try:
+        bytes_a_token = traffic.fused(K, V, T, B * H)[which]
+    except ImportError:
+        return "needs Triton"
+    return number(B * H * T * bytes_a_token / copy_gb_per_s / 1e6)
 
 
 def memory(impl: str, rows: dict[str, Row]) -> str:

@@ -49,7 +49,7 @@ RMS_TOKENS = 16
 _INF = float("inf")
 #: Gate regimes, by name: each maps a standard normal tensor to log gates <= 0.
 REGIMES: dict[str, Callable[[Tensor], Tensor]] = {
-    "vig": lambda x: F.logsigmoid(x) / 16,  # what a ViG computes: about -0.04 a token
+    "vig": lambda x: F.logsigmoid(x) / 16,  # what a ViG computes: -0.05 a token on average
     "keep": lambda x: 0 * x,  # nothing is forgotten: plain linear attention
     "moderate": lambda x: -x.abs(),
     "strong": lambda x: -20 - 80 * torch.special.ndtr(x),  # -20 to -100 a token
