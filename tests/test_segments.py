@@ -260,7 +260,7 @@ def test_backward_halves_end_together(sequences, blocks, places, half):
 
 @interpreted
 def test_an_h200_has_places_for_two_programs_of_four_warps_a_multiprocessor():
-    assert launch._places(torch.empty(0), 4) == 264
+    assert launch._at_once(torch.empty(0), 4) == 264
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def uneven(monkeypatch):
     def set_places(places: int):
         monkeypatch.setattr(launch, "SEGMENT", 32)
         monkeypatch.setattr(launch, "MANY", 1)
-        monkeypatch.setattr(launch, "_places", lambda _, warps: {4: places, 8: places}[warps])
+        monkeypatch.setattr(launch, "_at_once", lambda _, warps: {4: places, 8: places}[warps])
 
     return set_places
 

@@ -1,6 +1,8 @@
 """Layer 3, the same function in Triton: one kernel for both directions forward, one backward, three more for long T.
 
-Read `vig_ref/chunked/chunks.py`, the docstring of kernels.py, then blocks, halving, anchored, kernels, launch.
+Read `vig_ref/chunked/chunks.py`, the docstring of kernels.py, then blocks, halving, anchored, kernels, launch. For half
+an hour: of blocks the first three quarters, to `carry`; of anchored to `forward_anchored`; `kernels.forward_kernel`;
+`launch._cut` and `_forward`. That is the forward pass of sequences in one piece.
 """
 
 try:

@@ -16,9 +16,9 @@ again by `vig_ref/fused/halving.py`. States are carried from middle to middle (q
 Backward, dS goes the other way: the gradient by S + (k exp(-b))^T v. The gate of t acts on all that passes it: with
 before and behind in the order of the scan, and <S, dS> summed over V alone,
 
-    dg_t = <S, dS> + reads of S at t and behind + writes into dS before t + pairs with j before t, i at t or behind
+    dg_t = <S, dS> + reads of S at t and behind + pairs with j before t, i at t or behind + writes into dS before t
 
-The last are all pairs with i at t or behind, less those with j there too: what cancels has the same rounded operands.
+The pairs are all with i at t or behind, less those with j there too: what cancels has the same rounded operands.
 """
 
 import triton
@@ -72,7 +72,7 @@ def _between(before, g, DOT: tl.constexpr):
 
     before `[ROWS / 2, BK]`, equal rows: the sum of the gates behind the previous middle.
 
-    One product sums both halves, in rows 0 to 7 and 8 to 15: see `ROWS`.
+    One product sums both halves of the chunk: the first in rows 0 to 7, the last in rows 8 to 15. See `ROWS`.
     """
     halves = sums(_first_and_last_half(), g, DOT)
     first, last = tl.split(tl.permute(tl.reshape(halves, (2, ROWS // 2, g.shape[1])), (1, 2, 0)))
@@ -186,7 +186,7 @@ def _gradients(
     writes = dot(v, dS, zero_k, DOT)
     dq = dqE * (E * scale)
     dk = (dkE + writes) * E_inverse
-    # The four terms of dg_t at the top of this file. dqE has reads of S and pairs: both are summed from t on.
+    # The terms of dg_t at the top of this file, in that order. dqE has reads of S and pairs: one sum does both.
     dg = dot(tl.full((C, S_dS.shape[0]), 1.0, ACC), S_dS, zero_k, DOT)  # <S, dS>, the same for all gates of the chunk
     dg += sums(ahead(REVERSE, True), qE.to(ACC) * dqE - kE.to(ACC) * dkE, DOT)  # over all tokens at t or behind
     dg += sums(ahead(not REVERSE, False), kE.to(ACC) * writes, DOT)  # over all tokens before t

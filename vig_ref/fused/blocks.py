@@ -94,52 +94,6 @@ def scratch(p, i, BV: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _in_gradients(n, dg, x_0, x_1, T, BV: tl.constexpr, BK: tl.constexpr):
-    """Addresses `[BV, BK]` of a bfloat16 state in the memory of the n-th chunk's gradients, written later, and a mask.
-
-    dg is float32, with room for two rows of a state a token; x_0 is dv, with two, or x_0, x_1 are dq, dk, with one
-    each, and equal strides. So with BV = 64: rows 0 to 31 in dg, 32 to 63 in dv, or 32 to 47 in dq, 48 to 63 in dk.
-    Features are contiguous. Only the last chunk lacks tokens, where states from the right are 0.
-    """
-    row = tl.arange(0, BV)[:, None]
-    col = tl.arange(0, BK)[None, :]
-    i_t = n * C
-    token = i_t + row % (2 * C) // 2
-    p = dg[0].to(tl.pointer_type(tl.bfloat16)) + (token * (2 * dg[1]) + row % 2 * BK + col)
-    if BV > 2 * C:
-        if x_1 is None:
-            p_x = x_0[0] + (token * x_0[1] + row % 2 * BK + col)
-        else:
-            token = tl.where(row < 2 * C, token, i_t + row % C)
-            p_x = tl.where(row < 3 * C, x_0[0], x_1[0]) + (token * x_0[1] + col)
-        p = tl.where(row < 2 * C, p, p_x)
-    return p, (token < T) & (col < BK)  # as wide as the state; there is no other column
-
-
-@triton.jit
-def keep(S, p_states, n, dg, x_0, x_1, T):
-    """Keep the n-th chunk's state for the second walk: in scratch memory, or else where its gradients will be."""
-    BV: tl.constexpr = S.shape[0]
-    BK: tl.constexpr = S.shape[1]
-    if p_states is None:
-        p, there = _in_gradients(n, dg, x_0, x_1, T, BV, BK)
-        tl.store(p, S.to(p.dtype.element_ty), mask=there)
-    else:
-        p = scratch(p_states, n, BV, BK)
-        tl.store(p, S.to(p.dtype.element_ty))
-
-
-@triton.jit
-def kept(p_states, n, dg, x_0, x_1, T, BV: tl.constexpr, BK: tl.constexpr):
-    """The state that was kept. As in `other_share`, all have read it before any writes a gradient over it."""
-    if p_states is None:
-        p, there = _in_gradients(n, dg, x_0, x_1, T, BV, BK)
-        return tl.load(p, mask=there, other=0.0)
-    else:
-        return tl.load(scratch(p_states, n, BV, BK))
-
-
-@triton.jit
 def entering(p_enter, i, BV: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
     """The i-th state that enters; zeros where a scan begins."""
     if p_enter is None:
@@ -270,3 +224,56 @@ def carry(S, g, x, y, INCLUSIVE: tl.constexpr, DOT: tl.constexpr):
     xE = x.to(S.dtype) * exp2(sums(ahead(False, INCLUSIVE), g, DOT), DOT)
     decayed = scale_columns(S, exp2(total(g, DOT), DOT))
     return dot(tl.trans(y), xE, decayed, DOT)
+
+
+# --- states kept for the second walk of the backward pass ------------------------------------------------------------
+
+
+@triton.jit
+def _in_gradients(n, dg, x_0, x_1, T, BV: tl.constexpr, BK: tl.constexpr):
+    """Addresses `[BV, BK]` of a bfloat16 state in the memory of the n-th chunk's gradients, written later, and a mask.
+
+    With BV = 64, and with BV = 32 the first line alone:
+
+        rows 0 to 31      dg, float32: two rows a token
+        rows 32 to 63     x_0, if that is dv: two rows a token
+                          x_0, x_1, if they are dq, dk: one row a token each, 32 to 47 and 48 to 63; equal strides
+
+    Features are contiguous. Only the last chunk lacks tokens, where states from the right are 0.
+    """
+    row = tl.arange(0, BV)[:, None]
+    col = tl.arange(0, BK)[None, :]
+    i_t = n * C
+    token = i_t + row % (2 * C) // 2
+    p = dg[0].to(tl.pointer_type(tl.bfloat16)) + (token * (2 * dg[1]) + row % 2 * BK + col)
+    if BV > 2 * C:
+        if x_1 is None:
+            p_x = x_0[0] + (token * x_0[1] + row % 2 * BK + col)
+        else:
+            token = tl.where(row < 2 * C, token, i_t + row % C)
+            p_x = tl.where(row < 3 * C, x_0[0], x_1[0]) + (token * x_0[1] + col)
+        p = tl.where(row < 2 * C, p, p_x)
+    return p, (token < T) & (col < BK)  # as wide as the state; there is no other column
+
+
+@triton.jit
+def keep(S, p_states, n, dg, x_0, x_1, T):
+    """Keep the n-th chunk's state for the second walk: in scratch memory, or else where its gradients will be."""
+    BV: tl.constexpr = S.shape[0]
+    BK: tl.constexpr = S.shape[1]
+    if p_states is None:
+        p, there = _in_gradients(n, dg, x_0, x_1, T, BV, BK)
+        tl.store(p, S.to(p.dtype.element_ty), mask=there)
+    else:
+        p = scratch(p_states, n, BV, BK)
+        tl.store(p, S.to(p.dtype.element_ty))
+
+
+@triton.jit
+def kept(p_states, n, dg, x_0, x_1, T, BV: tl.constexpr, BK: tl.constexpr):
+    """The state that was kept. As in `other_share`, all have read it before any writes a gradient over it."""
+    if p_states is None:
+        p, there = _in_gradients(n, dg, x_0, x_1, T, BV, BK)
+        return tl.load(p, mask=there, other=0.0)
+    else:
+        return tl.load(scratch(p_states, n, BV, BK))

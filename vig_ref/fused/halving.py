@@ -70,13 +70,13 @@ def _scores(q, k, g, DOT: tl.constexpr):
 
 @triton.jit
 def _gradients(
-    q, k, v, g, do, dA, S, dS,
+    q, k, v, g, do, dA, S, dS, others,
     REVERSE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One direction of one chunk, backward. S: the state that enters; dS: the gradient of the state that leaves.
 
-    Returns dq, dk, dg, the scores A, and dv of the state. The pair of a token with itself is the caller's: it belongs
-    to both directions and to no gate.
+    Returns dg, and `others` with what this direction adds: dq, dk, dv by the state, and the scores A. The pair of a
+    token with itself is the caller's: it belongs to both directions and to no gate.
     """
     zero_k = tl.zeros_like(q)
     zero_c = tl.zeros((C, C), g.dtype)
@@ -109,7 +109,8 @@ def _gradients(
     dkE = dot(v, dS, zero_k, DOT)
     dk += dkE * E
     dg += sums(tl.trans(M), kE * dkE, DOT)
-    return dq, dk, dg, A, dot(kE, tl.trans(dS), tl.zeros_like(v), DOT)
+    dv = dot(kE, tl.trans(dS), tl.zeros_like(v), DOT)
+    return dg, (others[0] + dq, others[1] + dk, others[2] + dv, others[3] + A)
 
 
 @triton.jit
@@ -187,33 +188,22 @@ def gradients_halving(
         b_v = load(v, at, T, V, BV).to(ACC)
         b_do = load(do, at, T, V, BV).to(ACC)
         self_dA = SCANS * tl.sum(b_do * b_v, 1)[:, None]  # token i reads itself, once in each direction
-        b_dq = self_dA * b_k
-        b_dk = self_dA * b_q
-        b_dv = SCANS * tl.sum(b_q * b_k, 1)[:, None] * b_do
         A = tl.zeros((C, C), ACC)
+        both = (self_dA * b_k, self_dA * b_q, SCANS * tl.sum(b_q * b_k, 1)[:, None] * b_do, A)  # dq, dk, dv, A
         dA = dot(b_do, tl.trans(b_v), A, DOT)
         if g_opp is not None:
             b_g = load_any_gate(g_opp, at, T, K, BK, ACC)
             b_S = kept(p_S, n, dg_opp, dv, None, T, BV, BK).to(ACC)
-            part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, b_S, dS, True, DOT)
-            part_dq, part_dk, b_dg, part_A, part_dv = part
-            b_dq += part_dq
-            b_dk += part_dk
-            b_dv += part_dv
-            A += part_A
+            b_dg, both = _gradients(b_q, b_k, b_v, b_g, b_do, dA, b_S, dS, both, True, DOT)
             store(dg_opp, b_dg, at, T, K)
             dS = carry(dS, b_g, b_q, b_do, True, DOT)
         if g_own is not None:
             b_g = load_any_gate(g_own, at, T, K, BK, ACC)
             b_dS = kept(p_dS, n, dg_own, dq, dk, T, BV, BK).to(ACC)
-            part = _gradients(b_q, b_k, b_v, b_g, b_do, dA, S, b_dS, False, DOT)
-            part_dq, part_dk, b_dg, part_A, part_dv = part
-            b_dq += part_dq
-            b_dk += part_dk
-            b_dv += part_dv
-            A += part_A
+            b_dg, both = _gradients(b_q, b_k, b_v, b_g, b_do, dA, S, b_dS, both, False, DOT)
             store(dg_own, b_dg, at, T, K)
             S = carry(S, b_g, b_k, b_v, False, DOT)
+        b_dq, b_dk, b_dv, A = both
         b_dv = dot(tl.trans(A), b_do, b_dv, DOT)
         store(dq, b_dq * scale, at, T, K)
         store(dk, b_dk, at, T, K)

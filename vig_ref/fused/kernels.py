@@ -275,32 +275,21 @@ def backward_kernel(
     S = entering(None if HALVES and not SECOND else p_S_enter, i_own, BV, BK, ACC)
     dS = entering(None if HALVES and not SECOND else p_dS_enter, i_opp, BV, BK, ACC)
     p_exact += i_block * tl.num_programs(2) + i_s
+    tensors = (q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS)
     if not SECOND:
-        S_end, dS_end, lowest = states_anchored(
-            q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-            scale, first, count, step, T, K, V, DOT, STAGES,
-        )  # fmt: skip
+        S_end, dS_end, lowest = states_anchored(*tensors, scale, first, count, step, T, K, V, DOT, STAGES)
         exact = _exact(lowest, BOUND)
         tl.store(p_exact, exact.to(tl.int32))
         if not exact:
             tl.debug_barrier()  # the fast path's last stores come before what is written over them
-            S_end, dS_end = states_halving(
-                q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-                scale, first, count, step, T, K, V, DOT,
-            )  # fmt: skip
+            S_end, dS_end = states_halving(*tensors, scale, first, count, step, T, K, V, DOT)
         if HALVES:
             tl.store(scratch(p_S_enter, i_own, BV, BK), S_end)
             tl.store(scratch(p_dS_enter, i_opp, BV, BK), dS_end)
     elif tl.load(p_exact) != 0:
-        gradients_anchored(
-            q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-            scale, first, count, step, T, K, V, DOT, STAGES,
-        )  # fmt: skip
+        gradients_anchored(*tensors, scale, first, count, step, T, K, V, DOT, STAGES)
     else:
-        gradients_halving(
-            q, k, v, g_own, g_opp, do, dq, dk, dv, dg_own, dg_opp, p_S, p_dS, S, dS,
-            scale, first, count, step, T, K, V, DOT,
-        )  # fmt: skip
+        gradients_halving(*tensors, scale, first, count, step, T, K, V, DOT)
 
 
 @triton.jit(do_not_specialize=SIZES)

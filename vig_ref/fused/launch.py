@@ -143,6 +143,7 @@ def _meet_backward(cut: Cut, places: int) -> Cut:
     One program of each sequence is long, and comes first. If a quarter of the short ones or more find a place beside
     these, the short ones follow each other there, in n rounds, and half 0 gets n / (n + 1) of the tokens, so that all
     take as long. Otherwise halves are even. (More rounds gain less, and cost the first walk, where all have a place.)
+    With 192 sequences and 264 places, 192 short programs share 72 places in 3 rounds, and half 0 gets 3/4.
     """
     H, T, K, V, _ = cut.sizes
     long = cut.grid[0] * cut.grid[1]
@@ -150,7 +151,7 @@ def _meet_backward(cut: Cut, places: int) -> Cut:
     return cut._replace(sizes=(H, T, K, V, _cdiv(rounds * T, (rounds + 1) * CHUNK) * CHUNK))
 
 
-def _places(x: Tensor, warps: int) -> int:
+def _at_once(x: Tensor, warps: int) -> int:
     """How many programs run at once if a thread has 255 registers: 8 warps a multiprocessor. (An H200 has 132.)"""
     multiprocessors = 132 if INTERPRETED else torch.cuda.get_device_properties(x.device).multi_processor_count
     return multiprocessors * 8 // warps
@@ -197,7 +198,7 @@ def _backward(
     cut = _cut(q, v, g_fwd, g_rev)
     options = _options(q, cut.tile, precision, backward=True, far=_far(*inputs, do, *grads))
     if cut.halves:
-        cut = _meet_backward(cut, _places(q, options["num_warps"]))
+        cut = _meet_backward(cut, _at_once(q, options["num_warps"]))
     _, blocks, _ = cut.grid
     parts = grads if blocks == 1 else [grad if n == 2 else _parts(inputs[n], blocks) for n, grad in enumerate(grads)]
     dq, dk, dv, *dg = (_strided(x) for x in parts)
